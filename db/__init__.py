@@ -1,0 +1,1 @@
+"""The ledger: schema, migrations, transactions, the front, queries. Imports nothing of archfront but its errors."""

@@ -1,0 +1,50 @@
+"""Pareto dominance on matrices of objectives that are all minimised: pure functions."""
+
+from __future__ import annotations
+
+import moocore
+import numpy as np
+import numpy.typing as npt
+
+Points = npt.NDArray[np.float64]
+
+
+def nondominated(points: Points) -> npt.NDArray[np.bool_]:
+    """Which rows of ``(n, m)`` no other row dominates; equal rows do not dominate each other, so all of them stay."""
+    if len(points) == 0:
+        return np.zeros(0, dtype=bool)
+    if points.shape[1] == 1:
+        return np.asarray(points[:, 0] == points[:, 0].min())
+    return np.asarray(moocore.is_nondominated(points, keep_weakly=True), dtype=bool)
+
+
+def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
+    """Rank of each row: 0 for the front, 1 for the front of what is left without it, and so on (Deb et al., 2002)."""
+    if len(points) == 0:
+        return np.zeros(0, dtype=np.int64)
+    if points.shape[1] == 1:
+        return np.unique(points[:, 0], return_inverse=True)[1].astype(np.int64)
+    return np.asarray(moocore.pareto_rank(points), dtype=np.int64)
+
+
+def crowding_distance(points: Points) -> npt.NDArray[np.float64]:
+    """Crowding distance of each row within one front ``(n, m)``; infinite at the ends (Deb et al., 2002)."""
+    count, objectives = points.shape
+    distance = np.zeros(count)
+    if count <= 2:
+        return np.full(count, np.inf)
+    for m in range(objectives):
+        order = np.argsort(points[:, m], kind="stable")
+        column = points[order, m]
+        extent = column[-1] - column[0]
+        distance[order[[0, -1]]] = np.inf
+        if extent > 0:
+            distance[order[1:-1]] += (column[2:] - column[:-2]) / extent
+    return distance
+
+
+def hypervolume(points: Points, reference: npt.ArrayLike) -> float:
+    """Volume that the rows dominate below the reference point; rows that do not lie below it add nothing."""
+    if len(points) == 0:
+        return 0.0
+    return float(moocore.hypervolume(points, ref=np.asarray(reference, dtype=np.float64)))

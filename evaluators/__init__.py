@@ -1,0 +1,1 @@
+"""From genotype to metrics: training, costs, latency, data sets."""

@@ -1,0 +1,15 @@
+"""The table of evaluators that job files can name."""
+
+from __future__ import annotations
+
+from archfront.evaluators.evaluator import Evaluator
+from archfront.registry import Registry
+
+EVALUATORS: Registry[Evaluator] = Registry(
+    "evaluators",
+    {
+        "training": "archfront.evaluators.training:Training",
+        "costs": "archfront.evaluators.costs:Costs",
+        "latency": "archfront.evaluators.latency.evaluator:Latency",
+    },
+)

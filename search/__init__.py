@@ -1,0 +1,1 @@
+"""Jobs, strategies, the loop and its execution."""

@@ -1,0 +1,1 @@
+"""Search spaces: genotypes, their operators, and how they become torch modules."""

@@ -1,0 +1,15 @@
+"""The table of spaces that job files can name."""
+
+from __future__ import annotations
+
+from archfront.registry import Registry
+from archfront.spaces.space import Space
+
+SPACES: Registry[Space] = Registry(
+    "spaces",
+    {
+        "fbnet": "archfront.spaces.fbnet:FBNet",
+        "fbnet-tiny": "archfront.spaces.fbnet:FBNetTiny",
+        "choices": "archfront.spaces.choices:Choices",
+    },
+)
