@@ -118,7 +118,7 @@ class Evaluator(ABC):
     def metrics(self) -> Sequence[MetricSpec]:
         """What ``evaluate`` reports for each task."""
 
-    def check(self, context: EvaluationContext) -> None:  # noqa: B027 - most evaluators serve every space
+    def check(self, context: EvaluationContext) -> None:
         """Called when a job is validated, before anything is stored.
 
         Raises:

@@ -114,7 +114,7 @@ class Strategy(ABC):
         self._asked: dict[int, tuple[Population, int]] = {}
 
     @classmethod
-    def check(cls, problem: Problem) -> None:  # noqa: B027 - most strategies serve every problem
+    def check(cls, problem: Problem) -> None:
         """Called when a job is validated.
 
         Raises:
@@ -129,7 +129,7 @@ class Strategy(ABC):
     def learn(self, population: Population, results: Results) -> None:
         """Take in results; ``population[i]`` is the genotype of ``results`` row i."""
 
-    def remember(self, ask: Ask, proposals: Proposals) -> None:  # noqa: B027 - stateless asks remember nothing
+    def remember(self, ask: Ask, proposals: Proposals) -> None:
         """Take note of an ask's answer, beyond what the base class keeps. ``proposals`` may come from elsewhere
         (seeds, a warm start)."""
 

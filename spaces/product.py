@@ -106,7 +106,7 @@ class ProductSpace(Space):
     def encode(self, population: Population) -> npt.NDArray[np.float32]:
         """One-hot for unordered columns, the index scaled to [0, 1] for ordered ones."""
         canonical = self.canonical(population)
-        parts = []
+        parts: list[npt.NDArray[Any]] = []
         for i, column in enumerate(self.columns):
             if column.ordered:
                 parts.append(canonical[:, i : i + 1] / max(len(column.choices) - 1, 1))
