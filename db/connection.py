@@ -1,0 +1,172 @@
+"""Opening a ledger database: engine settings, the schema's version, and the errors that a user can act on."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
+
+from archfront.errors import InputError, LedgerError, MissingExtraError
+
+_BUSY_TIMEOUT_MS = 30_000
+_NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
+
+
+def parse_url(text: str) -> URL:
+    """A database URL; a bare path means a SQLite file.
+
+    Raises:
+        InputError: neither.
+    """
+    if "://" not in text:
+        text = f"sqlite:///{text}"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise InputError("--db", text, "is no database URL", "Give a path or sqlite:///FILE.") from None
+    if url.get_backend_name() == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    elif url.get_backend_name() != "sqlite":
+        raise InputError("--db", text, "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME.")
+    return url
+
+
+def open_engine(text: str, *, create: bool) -> Engine:
+    """An engine on a database whose schema is this version's; an empty database gets the schema.
+
+    Args:
+        text: URL, or path of a SQLite file.
+        create: make a missing SQLite file; without it a missing file is an error.
+
+    Raises:
+        LedgerError: unreachable, corrupt, read-only, of another schema version, or on a network file system.
+    """
+    url = parse_url(text)
+    if url.get_backend_name() == "sqlite":
+        _check_sqlite_file(url, create=create)
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+    except ModuleNotFoundError:
+        raise MissingExtraError("PostgreSQL", "postgres") from None
+    if url.get_backend_name() == "sqlite":
+        sa.event.listen(engine, "connect", _configure_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    with ledger_errors(text):
+        _bring_schema(engine, text)
+    return engine
+
+
+@contextmanager
+def ledger_errors(text: str) -> Iterator[None]:
+    """Turn a driver's error into one that says what to do."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        cause = str(getattr(error, "orig", error)).strip()
+        if "not a database" in cause or "malformed" in cause:
+            remedy = "The file is damaged or no SQLite file: restore a backup, or name another file with --db."
+        elif "readonly" in cause or "read-only" in cause or "unable to open" in cause:
+            remedy = "The file or its folder cannot be written: change its permissions, or name another with --db."
+        elif "no space" in cause or "disk is full" in cause:
+            remedy = "Free some disk space and resume: what was committed is safe."
+        elif isinstance(error, DatabaseError):
+            remedy = "Check that the server runs and that the URL is right."
+        else:
+            raise
+        raise LedgerError(f"--db: {text!r} cannot be used: {cause}. {remedy}") from error
+
+
+def write(engine: Engine) -> Any:
+    """A context manager: one write transaction, holding SQLite's write lock from its start."""
+    return engine.execution_options(archfront_write=True).begin()
+
+
+def now(connection: Connection) -> float:
+    """Seconds since 1970 by the database's clock: hosts' clocks may differ, this one is shared."""
+    if connection.dialect.name == "sqlite":
+        return float(connection.exec_driver_sql("SELECT (julianday('now') - 2440587.5) * 86400.0").scalar_one())
+    return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+
+
+def alembic_config(engine: Engine | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    return config
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    # The driver opens no transactions of its own: _begin_sqlite says which kind is opened.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute("PRAGMA cache_size=-65536")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A write that starts as a read can fail at its first write; IMMEDIATE queues for the lock instead.
+    immediate = connection.get_execution_options().get("archfront_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _check_sqlite_file(url: URL, *, create: bool) -> None:
+    if not url.database or url.database == ":memory:":
+        raise InputError("--db", str(url), "would be lost at exit", "Name a file.")
+    path = Path(url.database).absolute()
+    if not path.exists():
+        if not create:
+            raise LedgerError(f"--db: {str(path)!r} does not exist. Run a job first, or name another with --db.")
+        if not path.parent.is_dir():
+            raise LedgerError(f"--db: the folder {str(path.parent)!r} does not exist. Make it, or name another file.")
+    kind = _file_system(path)
+    if kind.startswith(_NETWORK_FILE_SYSTEMS):
+        raise LedgerError(
+            f"--db: {str(path)!r} lies on a network file system ({kind}), where SQLite's locks do not hold. "
+            "Name a file on a local disk, or use PostgreSQL."
+        )
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds a path, e.g. ``ext4``; empty where it cannot be told."""
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[str(folder)] for folder in [path, *path.resolve().parents] if str(folder) in mounts), "")
+
+
+def _bring_schema(engine: Engine, text: str) -> None:
+    script = ScriptDirectory.from_config(alembic_config())
+    head = script.get_current_head()
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+        tables = sa.inspect(connection).get_table_names()
+    if current == head:
+        return
+    if current is None and not tables:
+        command.upgrade(alembic_config(engine), "head")
+        return
+    known = {revision.revision for revision in script.walk_revisions()}
+    if current is None:
+        raise LedgerError(f"--db: {text!r} holds other tables and is no archfront ledger. Name another database.")
+    if current not in known:
+        raise LedgerError(
+            f"--db: {text!r} has schema {current!r}, which this version does not know (its own is {head!r}). "
+            "It was written by a newer archfront: upgrade archfront, or name another database."
+        )
+    raise LedgerError(
+        f"--db: {text!r} has the older schema {current!r} (this version's is {head!r}). "
+        "Make a copy of it, then run: archfront db upgrade."
+    )

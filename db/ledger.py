@@ -1,0 +1,309 @@
+"""The ledger: jobs, their drivers and leases, what evaluators prepared, and what a resumed engine starts from."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Engine
+
+from archfront.db.columns import load_columns
+from archfront.db.connection import ledger_errors, now, open_engine, write
+from archfront.db.records import AskRecord, History, StoredEvaluation
+from archfront.db.schema import (
+    Artifact,
+    AskRow,
+    Benchmark,
+    Candidate,
+    Device,
+    Evaluation,
+    Job,
+    Lease,
+    Run,
+)
+from archfront.db.writer import LEASE_S, JobWriter
+from archfront.errors import InputError, JobBusyError
+
+
+class Ledger:
+    """A database of jobs. Objects are cheap; two processes may open the same one."""
+
+    def __init__(self, engine: Engine, url: str) -> None:
+        self.engine = engine
+        self.url = url
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = True) -> Ledger:
+        """Open a ledger; an empty database gets the schema.
+
+        Raises:
+            LedgerError, InputError: it cannot be used; the message says what to do.
+        """
+        return cls(open_engine(url, create=create), url)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def create_job(self, name: str, spec: Mapping[str, Any], space_digest: str) -> int:
+        with ledger_errors(self.url), write(self.engine) as connection:
+            values = {
+                "name": name,
+                "spec": dict(spec),
+                "space_digest": space_digest,
+                "state": "queued",
+                "cancel_requested": False,
+                "created_at": now(connection),
+            }
+            return int(connection.execute(sa.insert(Job).values(values).returning(Job.id)).scalar_one())
+
+    def find_job(self, reference: str | int) -> int:
+        """The id behind an id, a name (the newest of that name) or ``last``.
+
+        Raises:
+            InputError: no such job.
+        """
+        text = str(reference)
+        query = sa.select(Job.id).order_by(Job.id.desc()).limit(1)
+        with self.engine.connect() as connection:
+            found = None
+            if text == "last":
+                found = connection.execute(query).scalar()
+            elif text.isdigit():
+                found = connection.execute(query.where(Job.id == int(text))).scalar()
+            if found is None:
+                found = connection.execute(query.where(Job.name == text)).scalar()
+        if found is None:
+            raise InputError("JOB", reference, "is no job of this database", "`archfront jobs` lists them.")
+        return int(found)
+
+    def job(self, job_id: int) -> dict[str, Any]:
+        """The row of a job as a mapping."""
+        with self.engine.connect() as connection:
+            return dict(connection.execute(sa.select(Job).where(Job.id == job_id)).mappings().one())
+
+    def set_spec(self, job_id: int, spec: Mapping[str, Any]) -> None:
+        with write(self.engine) as connection:
+            connection.execute(sa.update(Job).where(Job.id == job_id).values(spec=dict(spec)))
+
+    def request_cancel(self, job_id: int) -> bool:
+        """Ask a job to stop for good. Returns whether a driver is at work and will do it; else it is done here."""
+        with write(self.engine) as connection:
+            connection.execute(sa.update(Job).where(Job.id == job_id).values(cancel_requested=True))
+            if self._live_lease(connection, job_id) is not None:
+                return True
+            connection.execute(
+                sa.update(Job)
+                .where(Job.id == job_id, Job.state.in_(("queued", "running")))
+                .values(state="cancelled", reason="cancelled by the user", finished_at=now(connection))
+            )
+            return False
+
+    def begin_run(self, job_id: int, code: Mapping[str, Any]) -> int:
+        """Take the lease of a job for this process.
+
+        Raises:
+            JobBusyError: another driver that is alive, or was until seconds ago, holds it.
+        """
+        with ledger_errors(self.url), write(self.engine) as connection:
+            holder = self._live_lease(connection, job_id)
+            moment = now(connection)
+            if holder is not None:
+                raise JobBusyError(
+                    f"Job {job_id} is being driven by process {holder['pid']} on {holder['host']} (run "
+                    f"{holder['id']}). Watch it with `archfront status {job_id}`; a dead driver's job is free "
+                    f"{max(holder['expires_at'] - moment, 0):.0f} s from now."
+                )
+            connection.execute(sa.delete(Lease).where(Lease.job_id == job_id))
+            run = {
+                "job_id": job_id,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "pid_started": psutil.Process().create_time(),
+                "code": dict(code),
+                "started_at": moment,
+            }
+            run_id = int(connection.execute(sa.insert(Run).values(run).returning(Run.id)).scalar_one())
+            connection.execute(sa.insert(Lease).values(job_id=job_id, run_id=run_id, expires_at=moment + LEASE_S))
+            connection.execute(
+                sa.update(Job)
+                .where(Job.id == job_id)
+                .values(state="running", reason=None, cancel_requested=False, finished_at=None)
+            )
+            return run_id
+
+    def end_run(self, job_id: int, run_id: int, outcome: str, reason: str | None, job_state: str) -> None:
+        """Give the lease back and write down how the run and the job ended."""
+        with write(self.engine) as connection:
+            moment = now(connection)
+            connection.execute(sa.update(Run).where(Run.id == run_id).values(ended_at=moment, outcome=outcome))
+            held = connection.execute(sa.delete(Lease).where(Lease.job_id == job_id, Lease.run_id == run_id)).rowcount
+            if held:
+                finished_at = None if job_state == "running" else moment
+                connection.execute(
+                    sa.update(Job)
+                    .where(Job.id == job_id)
+                    .values(state=job_state, reason=reason, finished_at=finished_at)
+                )
+
+    def last_code(self, job_id: int) -> dict[str, Any] | None:
+        """The code that the job's latest run recorded."""
+        query = sa.select(Run.code).where(Run.job_id == job_id).order_by(Run.id.desc()).limit(1)
+        with self.engine.connect() as connection:
+            return connection.execute(query).scalar()
+
+    def holder(self, job_id: int) -> dict[str, Any] | None:
+        """The run that drives a job now, if one does."""
+        with self.engine.connect() as connection:
+            return self._live_lease(connection, job_id)
+
+    def writer(self, job_id: int, run_id: int, objectives: Sequence[tuple[str, int]]) -> JobWriter:
+        """The writer of a job; ``objectives`` are (metric, sign) with sign -1 for those to maximise."""
+        return JobWriter(self.engine, job_id, str(self.job(job_id)["space_digest"]), run_id, objectives)
+
+    def history(self, job_id: int, objectives: Sequence[tuple[str, int]]) -> History:
+        """All asks and results of a job, to replay."""
+        with self.engine.connect() as connection:
+            evaluations = self._evaluations(connection, job_id)
+            columns = load_columns(connection, job_id)
+            ask_rows = connection.execute(sa.select(AskRow).where(AskRow.job_id == job_id).order_by(AskRow.number))
+            asks = [_ask_record(row, evaluations) for row in ask_rows]
+            elapsed = self._elapsed(connection, job_id)
+        done = columns["done"] == 1
+        points = np.full((len(columns), len(objectives)), np.nan)
+        for i, (name, sign) in enumerate(objectives):
+            if name in columns:
+                points[done, i] = sign * columns[name][done]
+        return History(
+            asks=asks,
+            evaluations=evaluations,
+            finished=columns["number"].astype(int).tolist(),
+            objectives=points,
+            violations=np.where(done, columns["violation"], np.inf),
+            elapsed_s=elapsed,
+        )
+
+    def artifact(self, kind: str, key: str) -> dict[str, Any] | None:
+        query = sa.select(Artifact.content).where(Artifact.kind == kind, Artifact.key == key)
+        with self.engine.connect() as connection:
+            return connection.execute(query).scalar()
+
+    def store_artifact(self, kind: str, key: str, content: Mapping[str, Any], device: Mapping[str, Any] | None) -> None:
+        """Keep what an evaluator prepared; the first of a key stays.
+
+        Args:
+            device: fingerprint with its ``digest``, if it holds for one device only.
+        """
+        with write(self.engine) as connection:
+            digest = self._store_device(connection, device)
+            values = {"kind": kind, "key": key, "content": dict(content), "device": digest, "made_at": now(connection)}
+            connection.execute(_insert_new(connection, Artifact, values))
+
+    def store_benchmark(
+        self,
+        job_id: int,
+        number: int,
+        kind: str,
+        settings: Mapping[str, Any],
+        content: Mapping[str, Any],
+        device: Mapping[str, Any] | None,
+    ) -> None:
+        with write(self.engine) as connection:
+            digest = self._store_device(connection, device)
+            connection.execute(
+                sa.insert(Benchmark).values(
+                    job_id=job_id,
+                    number=number,
+                    kind=kind,
+                    settings=dict(settings),
+                    content=dict(content),
+                    device=digest,
+                    measured_at=now(connection),
+                )
+            )
+
+    def benchmarks(self, job_id: int) -> list[dict[str, Any]]:
+        query = sa.select(Benchmark).where(Benchmark.job_id == job_id).order_by(Benchmark.id)
+        with self.engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def _store_device(self, connection: Connection, device: Mapping[str, Any] | None) -> str | None:
+        if device is None:
+            return None
+        digest = str(device["digest"])
+        values = {"digest": digest, "fingerprint": dict(device), "first_seen_at": now(connection)}
+        connection.execute(_insert_new(connection, Device, values))
+        return digest
+
+    def _live_lease(self, connection: Connection, job_id: int) -> dict[str, Any] | None:
+        query = (
+            sa.select(Run.id, Run.host, Run.pid, Run.pid_started, Lease.expires_at)
+            .join(Lease, Lease.run_id == Run.id)
+            .where(Lease.job_id == job_id)
+        )
+        row = connection.execute(query).mappings().first()
+        if row is None or row["expires_at"] < now(connection):
+            return None
+        # A driver that was killed on this very host need not be waited for.
+        if row["host"] == socket.gethostname() and not _is_alive(row["pid"], row["pid_started"]):
+            return None
+        return dict(row)
+
+    def _evaluations(self, connection: Connection, job_id: int) -> list[StoredEvaluation]:
+        query = (
+            sa.select(
+                Evaluation.number, Evaluation.ask, Candidate.key, Candidate.genotype, Evaluation.fidelity,
+                Evaluation.repeat, Evaluation.seq, Evaluation.state, Evaluation.attempts, Evaluation.violation,
+            )
+            .join(Candidate, Candidate.id == Evaluation.candidate_id)
+            .where(Evaluation.job_id == job_id)
+            .order_by(Evaluation.number)
+        )  # fmt: skip
+        names = StoredEvaluation.__slots__
+        return [StoredEvaluation(**dict(zip(names, row, strict=True))) for row in connection.execute(query)]
+
+    def _elapsed(self, connection: Connection, job_id: int) -> float:
+        """Seconds that runs have spent on a job; a killed run counts up to its last commit."""
+        last = sa.select(sa.func.max(Evaluation.finished_at)).where(Evaluation.job_id == job_id)
+        newest = connection.execute(last).scalar() or 0.0
+        runs = connection.execute(
+            sa.select(Run.started_at, Run.ended_at).where(Run.job_id == job_id).order_by(Run.id)
+        ).all()
+        starts = [start for start, _ in runs[1:]] + [float("inf")]
+        ends = [end if end is not None else min(max(newest, start), nxt)
+                for (start, end), nxt in zip(runs, starts, strict=True)]  # fmt: skip
+        return float(sum(end - start for (start, _), end in zip(runs, ends, strict=True)))
+
+
+def _insert_new(connection: Connection, table: Any, values: Mapping[str, Any]) -> Any:
+    """An insert that leaves a row of the same key as it is."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return insert(table).values(dict(values)).on_conflict_do_nothing()
+
+
+def _ask_record(row: Any, evaluations: Sequence[StoredEvaluation]) -> AskRecord:
+    mine = evaluations[row.first : row.first + row.count]
+    return AskRecord(
+        number=row.number,
+        told=row.told,
+        first=row.first,
+        source=row.source,
+        keys=[e.key for e in mine],
+        genotypes=[e.genotype for e in mine],
+        fidelities=[e.fidelity for e in mine],
+        repeats=[e.repeat for e in mine],
+        memory=row.memory,
+        predictor=row.predictor,
+    )
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 2
+    except psutil.NoSuchProcess:
+        return False

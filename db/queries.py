@@ -1,0 +1,183 @@
+"""Reading the front and the state of a job, now or at any past moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from archfront.db.columns import FIXED, Columns, load_columns
+from archfront.db.dominance import nondominated
+from archfront.db.expressions import Condition
+from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow
+from archfront.errors import InputError, suggestion
+
+Fidelity = int | Literal["top", "any"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontQuery:
+    """Which front of a job.
+
+    Attributes:
+        objectives: ``(metric, direction)`` pairs; the job's own if None.
+        where: a condition on metrics that members must hold besides the job's constraints.
+        fidelity: ``top`` (the highest that the job had reached), a number, or ``any``.
+        seq: as of the commit of this many evaluations; None for now.
+    """
+
+    objectives: Sequence[tuple[str, str]] | None = None
+    where: str | None = None
+    fidelity: Fidelity = "top"
+    seq: int | None = None
+
+
+def job_objectives(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(objective["metric"], objective["direction"]) for objective in spec["objectives"]]
+
+
+def front(connection: Connection, job_id: int, query: FrontQuery) -> list[dict[str, Any]]:
+    """The members of a front in the order of their numbers: evaluation, key, genotype, fidelity, metrics by name.
+
+    The job's own front of one fidelity is stored with its history and read from there; any other is computed from
+    the packed columns.
+
+    Raises:
+        InputError: an unknown metric, a condition that cannot be parsed.
+    """
+    spec = connection.execute(sa.select(Job.spec).where(Job.id == job_id)).scalar_one()
+    own = query.objectives is None or list(query.objectives) == job_objectives(spec)
+    if own and query.where is None and query.fidelity != "any":
+        numbers = _stored_front(connection, job_id, query.fidelity, query.seq)
+    else:
+        numbers = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+    return evaluation_rows(connection, job_id, numbers)
+
+
+def top_fidelity(connection: Connection, job_id: int, seq: int | None = None) -> int | None:
+    """The highest fidelity at which the job had finished an evaluation, or None."""
+    done = (Evaluation.job_id == job_id) & (Evaluation.state == "done")
+    if seq is not None:
+        done &= Evaluation.seq <= seq
+    return connection.execute(sa.select(sa.func.max(Evaluation.fidelity)).where(done)).scalar()
+
+
+def seq_at(connection: Connection, job_id: int, moment: float) -> int:
+    """How many evaluations were committed at a moment (seconds since 1970, by the database's clock)."""
+    query = sa.select(sa.func.max(Evaluation.seq)).where(Evaluation.job_id == job_id, Evaluation.finished_at <= moment)
+    return connection.execute(query).scalar() or 0
+
+
+def seq_of(connection: Connection, job_id: int, number: int) -> int:
+    """The commit order of an evaluation.
+
+    Raises:
+        InputError: no such finished evaluation.
+    """
+    query = sa.select(Evaluation.seq).where(Evaluation.job_id == job_id, Evaluation.number == number)
+    seq = connection.execute(query).scalar()
+    if seq is None:
+        raise InputError("--at", number, "is no finished evaluation of this job", "Give its number, or a time.")
+    return seq
+
+
+def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Evaluations with their candidates and metrics, in the order given."""
+    rows: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(numbers), 500):
+        chosen = list(numbers[start : start + 500])
+        query = (
+            sa.select(
+                Evaluation.number, Candidate.key, Candidate.genotype, Evaluation.fidelity,
+                Evaluation.seq, Evaluation.checkpoint, Evaluation.repeat,
+            )
+            .join(Candidate, Candidate.id == Evaluation.candidate_id)
+            .where(Evaluation.job_id == job_id, Evaluation.number.in_(chosen))
+        )  # fmt: skip
+        for number, key, genotype, fidelity, seq, checkpoint, repeat in connection.execute(query):
+            rows[number] = {
+                "evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, "seq": seq,
+                "repeat": repeat, "checkpoint": checkpoint, "metrics": {}, "std": {}, "provenance": {},
+            }  # fmt: skip
+        metrics = sa.select(
+            MetricRow.number, MetricRow.name, MetricRow.value, MetricRow.std, MetricRow.provenance
+        ).where(MetricRow.job_id == job_id, MetricRow.number.in_(chosen))
+        for number, name, value, std, provenance in connection.execute(metrics):
+            rows[number]["metrics"][name] = value
+            rows[number]["provenance"][name] = provenance
+            if std is not None:
+                rows[number]["std"][name] = std
+    return [rows[number] for number in numbers]
+
+
+def front_history(connection: Connection, job_id: int, fidelity: int) -> list[tuple[int, int, int | None]]:
+    """All stays in the front of a fidelity: (evaluation, entered_seq, left_seq)."""
+    query = (
+        sa.select(FrontMember.number, FrontMember.entered_seq, FrontMember.left_seq)
+        .where(FrontMember.job_id == job_id, FrontMember.fidelity == fidelity)
+        .order_by(FrontMember.entered_seq, FrontMember.number)
+    )
+    return [(number, entered, left) for number, entered, left in connection.execute(query)]
+
+
+def counts(connection: Connection, job_id: int) -> dict[str, int]:
+    """How many evaluations are in each state."""
+    query = sa.select(Evaluation.state, sa.func.count()).where(Evaluation.job_id == job_id).group_by(Evaluation.state)
+    found = {state: int(count) for state, count in connection.execute(query)}
+    return {state: found.get(state, 0) for state in ("running", "done", "failed", "cancelled")}
+
+
+def failures(connection: Connection, job_id: int, limit: int = 20) -> list[dict[str, Any]]:
+    """The newest failed attempts, with their tracebacks."""
+    query = (
+        sa.select(Attempt)
+        .where(Attempt.job_id == job_id)
+        .order_by(Attempt.failed_at.desc(), Attempt.number.desc(), Attempt.attempt.desc())
+        .limit(limit)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _stored_front(connection: Connection, job_id: int, fidelity: Fidelity, seq: int | None) -> list[int]:
+    level = top_fidelity(connection, job_id, seq) if fidelity == "top" else fidelity
+    if level is None:
+        return []
+    query = sa.select(FrontMember.number).where(FrontMember.job_id == job_id, FrontMember.fidelity == level)
+    if seq is None:
+        query = query.where(FrontMember.left_seq.is_(None))
+    else:
+        query = query.where(
+            FrontMember.entered_seq <= seq, sa.or_(FrontMember.left_seq.is_(None), FrontMember.left_seq > seq)
+        )
+    return sorted(connection.execute(query).scalars())
+
+
+def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str, str]]) -> list[int]:
+    objectives = own if query.objectives is None else query.objectives
+    for name, _ in objectives:
+        if len(columns) and name not in columns.metrics:
+            raise InputError("--objectives", name, "is no metric of this job", suggestion(name, columns.metrics))
+    keep = (columns["done"] == 1) & (columns["violation"] == 0)
+    if query.seq is not None:
+        keep &= columns["seq"] <= query.seq
+    if query.fidelity == "top":
+        done = columns["done"] == 1 if query.seq is None else (columns["done"] == 1) & (columns["seq"] <= query.seq)
+        if done.any():
+            keep &= columns["fidelity"] == columns["fidelity"][done].max()
+    elif query.fidelity != "any":
+        keep &= columns["fidelity"] == query.fidelity
+    if query.where is not None:
+        known = [*columns.metrics, *(name for name in FIXED if name in ("number", "fidelity", "seq"))]
+        condition = Condition(query.where, known)
+        keep &= condition.mask({name: columns[name] for name in condition.names | {"seq"}})
+    if not keep.any():
+        return []
+    chosen = columns.rows(keep)
+    points = np.stack([chosen[name] * (-1 if direction == "max" else 1) for name, direction in objectives], axis=1)
+    finite = np.isfinite(points).all(axis=1)
+    numbers = chosen["number"][finite][nondominated(points[finite])]
+    return sorted(int(number) for number in numbers)
