@@ -1,0 +1,237 @@
+"""Submit a job, drive it to its end, extend it: what the command line and the Python client call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from archfront.db.dominance import crowding_distance, nondominated_ranks
+from archfront.db.ledger import Ledger
+from archfront.db.queries import evaluation_rows, job_objectives
+from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError
+from archfront.evaluators.evaluator import EvaluationContext
+from archfront.search.code_identity import changes, code_identity
+from archfront.search.engine import Engine, Progress, Seeding
+from archfront.search.executors.executor import Executor
+from archfront.search.executors.inline import InlineExecutor
+from archfront.search.executors.process import ProcessExecutor
+from archfront.search.executors.ray import RayExecutor
+from archfront.search.executors.ray_gateway import GatewayOptions
+from archfront.search.job import JobSpec, parse_spec
+from archfront.search.plugins import Plugin, load_plugins
+from archfront.search.resolve import ResolvedJob, resolve
+from archfront.search.worker import WorkerSetup
+
+_PREPARE_S = 1800.0
+_OUTCOMES = {
+    "budget": ("done", "its budget is spent"),
+    "exhausted": ("done", "its space holds nothing new"),
+    "hours": ("done", "its hours are over"),
+    "cancelled": ("cancelled", "cancelled by the user"),
+    "stopped": ("running", "stopped; it can be resumed"),
+}
+
+
+@dataclass(kw_only=True)
+class DriveOptions:
+    """How to drive a job, as opposed to what the job is.
+
+    Attributes:
+        plugins: the user's own files.
+        accept_changes: asked what changed since the last run; true goes on. None refuses.
+        ray_address: of a running Ray cluster; the environment's RAY_ADDRESS, or a cluster of this job's own, if None.
+        files: folder or URI for checkpoints; beside the database if None.
+        observe: called after each commit.
+        announce: called with a line on what happens now, before and after the search itself.
+        stop: polled; true ends the run resumable.
+    """
+
+    plugins: Sequence[Plugin] = ()
+    accept_changes: Callable[[list[str]], bool] | None = None
+    ray_address: str | None = None
+    files: str | None = None
+    observe: Callable[[Progress], None] = lambda _: None
+    announce: Callable[[str], None] = lambda _: None
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+
+def submit(ledger: Ledger, document: Any, plugins: Sequence[Plugin] = ()) -> int:
+    """Validate a job and enter it, queued. Returns its id.
+
+    Raises:
+        InputError: the job cannot work; nothing was stored.
+    """
+    load_plugins(plugins)
+    spec = parse_spec(document)
+    job = resolve(spec)
+    if spec.warm_start is not None:
+        source = ledger.find_job(spec.warm_start.job)
+        # An id does not change its meaning, while a name or 'last' soon does.
+        spec = spec.model_copy(update={"warm_start": spec.warm_start.model_copy(update={"job": source})})
+        _warm_start(ledger, job, source, spec.warm_start.count if spec.warm_start else 0)
+    return ledger.create_job(spec.name, spec.model_dump(mode="json"), job.space.digest)
+
+
+def extend(ledger: Ledger, job_id: int, evaluations: int) -> None:
+    """Add evaluations to a job's budget."""
+    spec = parse_spec(ledger.job(job_id)["spec"])
+    budget = spec.budget.model_copy(update={"evaluations": spec.budget.evaluations + evaluations})
+    ledger.set_spec(job_id, spec.model_copy(update={"budget": budget}).model_dump(mode="json"))
+
+
+def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
+    """Drive a job from where it stands to its end.
+
+    Returns:
+        why it ended, see ``Engine.run``.
+
+    Raises:
+        JobBusyError: another driver is at it.
+        ChangedCodeError: code changed since the last run, and nobody accepts it.
+        JobFailedError: the job failed, and is marked so.
+    """
+    load_plugins(options.plugins)
+    job = resolve(parse_spec(ledger.job(job_id)["spec"]))
+    if job.space.digest != ledger.job(job_id)["space_digest"]:
+        raise ChangedCodeError(
+            f"Job {job_id}: the space {job.space.name!r} means something else in this version, so its candidates "
+            "cannot be mixed. Start a new job, with `warm_start` if it shall begin with the best of this one."
+        )
+    code = code_identity(options.plugins)
+    _agree(ledger, job_id, code, options)
+    run_id = ledger.begin_run(job_id, code)
+    try:
+        reason = _run(ledger, job_id, run_id, job, options)
+    except JobFailedError as error:
+        ledger.end_run(job_id, run_id, "failed", str(error), "failed")
+        raise
+    except LeaseLostError:
+        raise
+    except BaseException as error:
+        # A fault of the driver, not of the job: the job stays resumable.
+        text = str(error) if isinstance(error, ArchfrontError) else repr(error)
+        ledger.end_run(job_id, run_id, "interrupted", text, "running")
+        raise
+    state, words = _OUTCOMES[reason]
+    ledger.end_run(job_id, run_id, reason, words, state)
+    return reason
+
+
+def default_files(ledger: Ledger, job_id: int) -> str:
+    """Where a job's checkpoints go unless said otherwise: beside a SQLite file, else in the working folder."""
+    database = ledger.engine.url.database
+    if ledger.engine.dialect.name == "sqlite" and database:
+        folder = Path(database).absolute().parent
+    else:
+        folder = Path.cwd()
+    return str(folder / "archfront-files" / f"job-{job_id}")
+
+
+def make_executor(spec: JobSpec, setup: WorkerSetup, ray_address: str | None) -> Executor:
+    workers = spec.workers
+    if workers.executor == "inline":
+        return InlineExecutor(setup)
+    if workers.executor == "process":
+        threads = max(1, int(workers.cpus))
+        return ProcessExecutor(setup, slots=workers.count, threads=threads, memory_mb=workers.memory_mb)
+    options = GatewayOptions(
+        address=ray_address or os.environ.get("RAY_ADDRESS"),
+        slots=workers.count,
+        cpus=workers.cpus,
+        gpus=workers.gpus,
+        memory_mb=workers.memory_mb,
+    )
+    return RayExecutor(setup, options)
+
+
+def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: DriveOptions) -> str:
+    files = options.files or default_files(ledger, job_id)
+    setup = WorkerSetup(spec=job.spec.model_dump(mode="json"), plugins=list(options.plugins), files=files)
+    executor = make_executor(job.spec, setup, options.ray_address)
+    try:
+        _prepare(ledger, job, executor, setup, options)
+        executor.start()
+        writer = ledger.writer(job_id, run_id, job.signs)
+        engine = Engine(
+            job,
+            writer,
+            executor,
+            ledger.history(job_id, job.signs),
+            seedings=_seedings(ledger, job),
+            observe=options.observe,
+            stop=options.stop,
+        )
+        return engine.run()
+    finally:
+        executor.close()
+
+
+def _prepare(
+    ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions
+) -> None:
+    """Give every worker what its evaluators need made once: from the ledger, or made now."""
+    threads = max(1, int(job.spec.workers.cpus))
+    context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads, files=setup.files)
+    for name, evaluator in job.evaluators:
+        key = evaluator.prepare_key(context)
+        if key is None:
+            continue
+        artifact = ledger.artifact(name, key)
+        if artifact is None:
+            options.announce(f"preparing {name} (once for this device and space; kept in the ledger)")
+            artifact = executor.prepare(name, _PREPARE_S)
+            ledger.store_artifact(name, key, artifact, artifact.get("device"))
+        setup.artifacts[name] = artifact
+
+
+def _agree(ledger: Ledger, job_id: int, code: dict[str, Any], options: DriveOptions) -> None:
+    before = ledger.last_code(job_id)
+    changed = [] if before is None else changes(before, code)
+    if changed and not (options.accept_changes is not None and options.accept_changes(changed)):
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise ChangedCodeError(
+            f"Job {job_id} was last run by other code, so what follows may not fit what is there:\n{lines}\n"
+            "Resume with --accept-changes to go on all the same, or restore the code."
+        )
+
+
+def _seedings(ledger: Ledger, job: ResolvedJob) -> list[Seeding]:
+    seedings = []
+    if job.spec.warm_start is not None:
+        source, count = int(job.spec.warm_start.job), job.spec.warm_start.count
+        seedings.append(Seeding(source="warm_start", genotypes=_warm_start(ledger, job, source, count)))
+    if job.spec.seeds:
+        seedings.append(Seeding(source="seeds", genotypes=job.spec.seeds))
+    return seedings
+
+
+def _warm_start(ledger: Ledger, job: ResolvedJob, source: int, count: int) -> list[Any]:
+    """The best feasible candidates of another job, by non-dominated rank, then crowding, under its own objectives.
+
+    They are evaluated anew: the other job's figures hold under its recipe and device, not under this one's.
+    """
+    row = ledger.job(source)
+    if row["space_digest"] != job.space.digest:
+        raise InputError(
+            "warm_start.job", source, "searched another space", "Name a job of the same space and settings."
+        )
+    signs = [(name, -1 if direction == "max" else 1) for name, direction in job_objectives(row["spec"])]
+    history = ledger.history(source, signs)
+    fidelity = {e.number: e.fidelity for e in history.evaluations}
+    good = [i for i, violation in enumerate(history.violations) if violation == 0]
+    if not good:
+        raise InputError("warm_start.job", source, "has no feasible evaluation", "Name another job.")
+    top = max(fidelity[history.finished[i]] for i in good)
+    good = [i for i in good if fidelity[history.finished[i]] == top]
+    points = history.objectives[good]
+    ranks = nondominated_ranks(points)
+    crowding = points[:, 0] * 0.0
+    for rank in set(ranks.tolist()):
+        crowding[ranks == rank] = crowding_distance(points[ranks == rank])
+    order = sorted(range(len(good)), key=lambda i: (ranks[i], -crowding[i], history.finished[good[i]]))
+    numbers = [history.finished[good[i]] for i in order[:count]]
+    with ledger.engine.connect() as connection:
+        return [row["genotype"] for row in evaluation_rows(connection, source, numbers)]

@@ -1,0 +1,432 @@
+"""The loop of a job: ask, write ahead, dispatch, commit, tell.
+
+The engine is a state machine whose state is a function of the ledger's rows and whose steps are cut by count:
+
+- results are taken one by one, in the order in which they will be committed; after each the engine asks the strategy
+  while fewer than ``target`` evaluations are out;
+- how many rows share a transaction, and when it ends, changes nothing but times;
+- batches sent to workers are the lowest unfinished numbers, so their composition is a function of the state too.
+
+With one worker and a deterministic evaluator, a job that is killed anywhere and resumed hence writes the same rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, History, MetricValue
+from archfront.db.writer import LEASE_S, JobWriter
+from archfront.errors import JobFailedError
+from archfront.evaluators.evaluator import Metric, Task
+from archfront.search.executors.executor import BatchResult, Executor
+from archfront.search.resolve import NonFiniteError, ResolvedJob
+from archfront.search.strategy import Ask, Proposals, Results, Strategy
+from archfront.search.worker import Failure, Outcome
+
+_HEARTBEAT_S = LEASE_S / 6
+_HOPELESS = 20
+"""A job whose first so many evaluations all fail ends as failed instead of spending its budget."""
+
+_LOSSES = 5
+"""How often a batch may be lost with its host before its evaluations are charged an attempt."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """An evaluation that is written ahead and not finished."""
+
+    task: Task
+    attempts: int = 0
+    losses: int = 0
+    alone: bool = False
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a display shows after each commit."""
+
+    asked: int
+    finished: int
+    failed: int
+    running: int
+    budget: int
+    elapsed_s: float
+    front: Any
+    fidelity: int | None
+    best: list[float]
+    worst: list[float]
+    per_second: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Seeding:
+    """Foreign candidates to evaluate before the strategy is asked: ``source`` is ``seeds`` or ``warm_start``."""
+
+    source: str
+    genotypes: Sequence[Any] = field(default_factory=list)
+
+
+class Engine:
+    """Drives one job until its budget is spent, its space is exhausted, or it is stopped.
+
+    Args:
+        seedings: asked first, in order, where the ledger has no asks yet.
+        observe: called after each commit.
+        stop: polled between steps; true ends the job resumable.
+    """
+
+    def __init__(
+        self,
+        job: ResolvedJob,
+        writer: JobWriter,
+        executor: Executor,
+        history: History,
+        *,
+        seedings: Sequence[Seeding] = (),
+        observe: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._job = job
+        self._writer = writer
+        self._executor = executor
+        self._observe = observe
+        self._stop = stop
+        self._strategy: Strategy = job.strategy()
+        self._ask_size = self._ask_count()
+        self._target = 2 * self._ask_size
+        self._untold: list[tuple[int, int, Sequence[float] | None, float]] = []
+        self._open: dict[int, _Open] = {}
+        self._queue: list[int] = []
+        self._under_way: dict[int, list[int]] = {}
+        self._batches = 0
+        self._blocked = False
+        self._seedings = list(seedings)
+        self._new_asks: list[AskRecord] = []
+        self._new_finished: list[FinishedRecord] = []
+        self._new_attempts: list[AttemptRecord] = []
+        self._restore(history)
+        self._started = time.monotonic() - history.elapsed_s
+        self._start_finished = self._finished
+        self._start_time = time.monotonic()
+        self._last_commit = 0.0
+
+    def run(self) -> str:
+        """Run the job.
+
+        Returns:
+            why it ended: ``budget``, ``exhausted``, ``hours``, ``cancelled`` or ``stopped`` (resumable).
+
+        Raises:
+            JobFailedError: nothing that was evaluated succeeded.
+            LeaseLostError: another driver took over.
+        """
+        self._plan()
+        while True:
+            if self._commit():
+                return self._cancel()
+            if self._failed >= _HOPELESS and not self._done:
+                raise JobFailedError(
+                    f"The first {self._failed} evaluations all failed; `archfront status {self._writer.job_id}` shows "
+                    "why. The rest of the budget is not spent."
+                )
+            self._dispatch()
+            if not self._under_way:
+                return self._ending()
+            if self._stop():
+                return "stopped"
+            for result in self._executor.wait(0.25):
+                self._take(result)
+
+    def _ask_count(self) -> int:
+        size = self._executor.slots * self._job.batch
+        return min(size, self._strategy.batch) if self._strategy.batch else size
+
+    # Planning: a function of counts alone.
+
+    def _plan(self) -> None:
+        budget = self._job.spec.budget
+        while self._asked < budget.evaluations and not self._blocked:
+            if self._asked - self._finished + self._ask_size > self._target or self._out_of_time():
+                return
+            self._ask(min(self._ask_size, budget.evaluations - self._asked))
+
+    def _ask(self, count: int) -> None:
+        self._tell()
+        ask = Ask(number=self._asks, count=count, first=self._asked, seed=self._job.spec.seed)
+        source, proposals = self._proposals(ask)
+        keys = [key.hex() for key in self._job.space.keys(proposals.population)]
+        genotypes = self._job.space.to_json(proposals.population)
+        fidelities = proposals.fidelities.tolist()
+        self._strategy.asked(ask, proposals)
+        self._new_asks.append(
+            AskRecord(
+                number=ask.number,
+                told=self._finished,
+                first=ask.first,
+                source=source,
+                keys=keys,
+                genotypes=genotypes,
+                fidelities=fidelities,
+                repeats=[0] * len(keys),
+                memory=proposals.memory,
+            )
+        )
+        for offset, (genotype, key, fidelity) in enumerate(zip(genotypes, keys, fidelities, strict=True)):
+            self._add_open(ask.first + offset, genotype, key, fidelity, 0)
+        self._asks += 1
+        self._asked += len(keys)
+        # A strategy with nothing to propose waits for the next result; with none to come, the space is exhausted.
+        self._blocked = not keys
+
+    def _proposals(self, ask: Ask) -> tuple[str, Proposals]:
+        """Foreign candidates first, then the strategy's."""
+        while self._seedings:
+            seeding = self._seedings.pop(0)
+            population = self._job.space.canonical(self._job.space.from_json(seeding.genotypes))
+            population = population[self._strategy.is_new(population, self._job.fidelities[0])]
+            room = self._job.spec.budget.evaluations - self._asked
+            if len(population):
+                return seeding.source, self._strategy.proposals(population[:room])
+        return "strategy", self._strategy.ask(ask)
+
+    def _tell(self) -> None:
+        if self._untold:
+            self._strategy.tell(_results(self._untold, self._job.problem.objectives))
+            self._untold = []
+
+    def _add_open(self, number: int, genotype: Any, key: str, fidelity: int, repeat: int, attempts: int = 0) -> None:
+        seed = self._job.task_seed(key, repeat)
+        task = Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed)
+        self._open[number] = _Open(task, attempts)
+        heapq.heappush(self._queue, number)
+
+    # Dispatch and results.
+
+    def _dispatch(self) -> None:
+        spec = self._job.spec.workers
+        while self._queue and len(self._under_way) < self._executor.slots:
+            numbers = [heapq.heappop(self._queue)]
+            while (
+                self._queue
+                and len(numbers) < self._job.batch
+                and not self._open[numbers[0]].alone
+                and not self._open[self._queue[0]].alone
+            ):
+                numbers.append(heapq.heappop(self._queue))
+            batch, self._batches = self._batches, self._batches + 1
+            self._under_way[batch] = numbers
+            self._executor.submit(batch, [self._open[n].task for n in numbers], spec.timeout_s * len(numbers))
+
+    def _take(self, result: BatchResult) -> None:
+        numbers = self._under_way.pop(result.batch)
+        if result.lost:
+            self._take_lost(numbers, result.worker)
+        elif result.death is not None:
+            self._take_death(numbers, result.worker, result.death)
+        else:
+            for outcome in result.outcomes:
+                self._take_outcome(outcome, result.worker)
+
+    def _take_lost(self, numbers: Sequence[int], worker: str) -> None:
+        for number in numbers:
+            self._open[number].losses += 1
+            if self._open[number].losses > _LOSSES:
+                failure = Failure(kind="died", message=f"lost with its worker {_LOSSES} times")
+                self._take_outcome(Outcome(number=number, failure=failure), worker)
+            else:
+                heapq.heappush(self._queue, number)
+
+    def _take_death(self, numbers: Sequence[int], worker: str, death: Failure) -> None:
+        if len(numbers) == 1:
+            self._take_outcome(Outcome(number=numbers[0], failure=death), worker)
+            return
+        # One of the batch is to blame, and nobody knows which: each is tried alone, at no charge.
+        for number in numbers:
+            self._open[number].alone = True
+            heapq.heappush(self._queue, number)
+
+    def _take_outcome(self, outcome: Outcome, worker: str) -> None:
+        opened = self._open[outcome.number]
+        opened.attempts += 1
+        failure = outcome.failure
+        metrics = outcome.metrics
+        verdict = None
+        if metrics is not None:
+            try:
+                verdict = self._job.judge(metrics)
+            except NonFiniteError as error:
+                failure = Failure(kind="non-finite", message=str(error))
+        if failure is not None:
+            self._new_attempts.append(
+                AttemptRecord(
+                    number=outcome.number,
+                    attempt=opened.attempts,
+                    kind=failure.kind,
+                    message=failure.message,
+                    traceback=failure.traceback,
+                    worker=worker,
+                )
+            )
+            if opened.attempts < self._job.spec.workers.attempts:
+                heapq.heappush(self._queue, outcome.number)
+                return
+        self._finish(
+            FinishedRecord(
+                number=outcome.number,
+                fidelity=opened.task.fidelity,
+                state="done" if verdict is not None else "failed",
+                attempts=opened.attempts,
+                metrics=_metric_values(metrics or {}),
+                objectives=None if verdict is None else verdict.objectives,
+                violation=None if verdict is None else verdict.violation,
+                worker=worker,
+                started_at=outcome.started_at,
+                duration_s=outcome.duration_s,
+                error=None if failure is None else failure.message,
+                checkpoint=outcome.checkpoint,
+            )
+        )
+
+    def _finish(self, record: FinishedRecord) -> None:
+        del self._open[record.number]
+        self._new_finished.append(record)
+        self._finished += 1
+        self._blocked = False
+        violation = math.inf if record.violation is None else record.violation
+        self._untold.append((record.number, record.fidelity, record.objectives, violation))
+        self._note(record.state, record.fidelity, record.objectives)
+        self._plan()
+
+    def _commit(self) -> bool:
+        """Write what is new, or just a heartbeat if it is time; whether the job is to be cancelled."""
+        new = bool(self._new_asks or self._new_finished or self._new_attempts)
+        if not new and time.monotonic() - self._last_commit < _HEARTBEAT_S:
+            return False
+        cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts)
+        self._new_asks, self._new_finished, self._new_attempts = [], [], []
+        self._last_commit = time.monotonic()
+        if new:
+            self._observe(self._progress())
+        return cancel
+
+    # Endings.
+
+    def _ending(self) -> str:
+        if self._finished and not self._done:
+            raise JobFailedError(
+                f"All {self._finished} evaluations failed; `archfront status {self._writer.job_id}` shows why."
+            )
+        if self._asked >= self._job.spec.budget.evaluations:
+            return "budget"
+        return "hours" if self._out_of_time() else "exhausted"
+
+    def _cancel(self) -> str:
+        """Mark what is not finished as cancelled, so that the job's rows are all at an end."""
+        for number in sorted(self._open):
+            opened = self._open.pop(number)
+            self._new_finished.append(
+                FinishedRecord(
+                    number=number, fidelity=opened.task.fidelity, state="cancelled", attempts=opened.attempts
+                )
+            )
+        self._commit()
+        return "cancelled"
+
+    def _out_of_time(self) -> bool:
+        hours = self._job.spec.budget.hours
+        return hours is not None and time.monotonic() - self._started > hours * 3600
+
+    # Resuming.
+
+    def _restore(self, history: History) -> None:
+        """Replay the ledger's asks and results, and queue what was written ahead."""
+        by_number = {e.number: e for e in history.evaluations}
+        rows = [
+            (n, by_number[n].fidelity, points if np.isfinite(points).all() else None, float(violation))
+            for n, points, violation in zip(history.finished, history.objectives, history.violations, strict=True)
+        ]
+        told = 0
+        for record in history.asks:
+            if record.told > told:
+                self._strategy.tell(_results(rows[told : record.told], self._job.problem.objectives))
+                told = record.told
+            ask = Ask(number=record.number, count=record.count, first=record.first, seed=self._job.spec.seed)
+            self._strategy.asked(ask, self._stored_proposals(record))
+            self._seedings = [s for s in self._seedings if s.source != record.source]
+        self._untold = rows[told:]
+        self._asks = len(history.asks)
+        self._asked = len(history.evaluations)
+        self._finished = len(rows)
+        self._done = 0
+        self._failed = 0
+        self._extremes: dict[int, tuple[list[float], list[float]]] = {}
+        for number, fidelity, points, _ in rows:
+            self._note(by_number[number].state, fidelity, points)
+        last = history.asks[-1] if history.asks else None
+        self._blocked = last is not None and last.count == 0 and last.told == self._finished
+        for e in history.evaluations:
+            if e.seq is None:
+                self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
+
+    def _stored_proposals(self, record: AskRecord) -> Proposals:
+        population = self._job.space.from_json(record.genotypes)
+        return Proposals(
+            population=population, fidelities=np.asarray(record.fidelities, dtype=np.int64), memory=record.memory
+        )
+
+    # What a display wants to know.
+
+    def _note(self, state: str, fidelity: int, objectives: Sequence[float] | None) -> None:
+        if state != "done" or objectives is None:
+            self._failed += state == "failed"
+            return
+        self._done += 1
+        point = list(objectives)
+        best, worst = self._extremes.get(fidelity, (point, point))
+        self._extremes[fidelity] = (
+            [min(a, b) for a, b in zip(best, point, strict=True)],
+            [max(a, b) for a, b in zip(worst, point, strict=True)],
+        )
+
+    def _progress(self) -> Progress:
+        fidelity = max(self._extremes, default=None)
+        best, worst = self._extremes[fidelity] if fidelity is not None else ([], [])
+        now = time.monotonic()
+        return Progress(
+            asked=self._asked,
+            finished=self._finished,
+            failed=self._failed,
+            running=sum(len(numbers) for numbers in self._under_way.values()),
+            budget=self._job.spec.budget.evaluations,
+            elapsed_s=now - self._started,
+            front=None if fidelity is None else self._writer.front_points(fidelity),
+            fidelity=fidelity,
+            best=best,
+            worst=worst,
+            per_second=(self._finished - self._start_finished) / max(now - self._start_time, 1e-9),
+        )
+
+
+def _metric_values(metrics: Any) -> dict[str, MetricValue]:
+    return {name: _metric_value(metric) for name, metric in metrics.items()}
+
+
+def _metric_value(metric: Metric) -> MetricValue:
+    return MetricValue(float(metric.value), metric.std, metric.provenance, metric.predictor, metric.device)
+
+
+def _results(rows: Sequence[tuple[int, int, Sequence[float] | None, float]], objectives: int) -> Results:
+    missing = [math.nan] * objectives
+    return Results(
+        numbers=np.array([row[0] for row in rows], dtype=np.int64),
+        fidelities=np.array([row[1] for row in rows], dtype=np.int64),
+        objectives=np.array([missing if row[2] is None else row[2] for row in rows], dtype=float),
+        violations=np.array([row[3] for row in rows], dtype=float),
+    )

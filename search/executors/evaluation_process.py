@@ -1,0 +1,210 @@
+"""One child process that evaluates, and the parent's hold on it: time limit, memory limit, cause of death.
+
+Every executor that runs evaluations outside of the driver uses it (Ray's actors too), so a hang, a crash or a memory
+hog looks the same everywhere, and costs its own batch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from archfront.errors import JobFailedError
+from archfront.evaluators.evaluator import Task
+from archfront.search.worker import Failure, Outcome, Worker, WorkerSetup
+
+_POLL_S = 0.2
+_STARTUP_S = 180.0
+_STDERR_TAIL = 2000
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_PR_SET_PDEATHSIG = 1
+
+
+class EvaluationProcess:
+    """A child with the evaluators of one job. Started at the first call, and again after a death.
+
+    Args:
+        setup: what the child builds its evaluators from.
+        threads: of the child; explicit, since Ray's workers inherit OMP_NUM_THREADS=1.
+        memory_mb: resident memory at which the child is killed.
+    """
+
+    def __init__(self, setup: WorkerSetup, *, threads: int, memory_mb: int | None = None) -> None:
+        self._setup = setup
+        self._threads = threads
+        self._memory_mb = memory_mb
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def evaluate(self, tasks: Sequence[Task], timeout_s: float) -> list[Outcome] | Failure:
+        """The outcomes of a batch, or how the child died over it."""
+        reply = self._call(("evaluate", list(tasks)), timeout_s)
+        return reply if isinstance(reply, Failure) else list(reply)
+
+    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
+        """Run an evaluator's ``prepare``.
+
+        Raises:
+            JobFailedError: it failed.
+        """
+        reply = self._call(("prepare", name), timeout_s)
+        if isinstance(reply, Failure):
+            raise JobFailedError(
+                f"Preparing the evaluator {name!r} failed: {reply.message}\n{reply.traceback or ''}".rstrip()
+            )
+        return dict(reply)
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._connection.close()
+            self._stderr.close()
+            self._child = None
+
+    def kill(self) -> None:
+        """End the child from another thread; a call under way returns its death."""
+        child = self._child
+        if child is not None:
+            child.kill()
+
+    def _call(self, request: tuple[str, Any], timeout_s: float) -> Any:
+        if self._child is None:
+            failure = self._start()
+            if failure is not None:
+                return failure
+        try:
+            self._connection.send(request)
+        except OSError:
+            return self._dead("died")
+        return self._reply(timeout_s)
+
+    def _start(self) -> Failure | None:
+        """Start the child and wait until its evaluators stand; a failure if they do not."""
+        mine, theirs = Pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
+        environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+        )
+        theirs.close()
+        self._connection = mine
+        try:
+            mine.send(self._setup)
+        except OSError:
+            return self._dead("died")
+        reply = self._reply(_STARTUP_S)
+        if isinstance(reply, Failure):
+            self.close()
+            return reply
+        return None
+
+    def _reply(self, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        assert self._child is not None
+        process = psutil.Process(self._child.pid)
+        while True:
+            try:
+                if self._connection.poll(min(_POLL_S, max(deadline - time.monotonic(), 0))):
+                    return self._connection.recv()
+            except (EOFError, OSError):
+                return self._dead("died")
+            if time.monotonic() >= deadline:
+                return self._dead("timeout", f"took longer than {timeout_s:g} s and was stopped")
+            if self._memory_mb is not None:
+                used_mb = _resident_mb(process)
+                if used_mb > self._memory_mb:
+                    return self._dead("memory", f"used {used_mb:.0f} MB, more than memory_mb: {self._memory_mb}")
+
+    def _dead(self, kind: str, message: str | None = None) -> Failure:
+        """End what is left of the child, and say how it died."""
+        assert self._child is not None
+        if kind != "died":
+            self._child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=5)
+        code = self._child.poll()
+        if message is None:
+            message = "the worker process died" + ("" if code is None else f" ({_exit_text(code)})")
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _STDERR_TAIL))
+        output = self._stderr.read().decode(errors="replace").strip()
+        self.close()
+        return Failure(kind=kind, message=message, traceback=output or None)
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"signal {name}" + ("; out of memory, perhaps" if name == "SIGKILL" else "")
+    return f"exit code {code}"
+
+
+def _resident_mb(process: psutil.Process) -> float:
+    try:
+        family = [process, *process.children(recursive=True)]
+        return sum(p.memory_info().rss for p in family) / 2**20
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent does, however that ends: no orphan evaluates for nobody."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def serve(connection: Connection) -> None:
+    """The child's life: the set-up, then requests until the pipe closes."""
+    setup: WorkerSetup = connection.recv()
+    try:
+        worker = Worker(setup)
+    except Exception as error:
+        message = f"the evaluators cannot be built: {error!r}"
+        connection.send(Failure(kind="error", message=message, traceback=traceback.format_exc()))
+        return
+    connection.send("ready")
+    while True:
+        try:
+            kind, argument = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply: Any = worker.evaluate(argument) if kind == "evaluate" else worker.prepare(argument)
+        except Exception as error:
+            reply = Failure(kind="error", message=repr(error), traceback=traceback.format_exc())
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    # The module that the pickled names refer to is the imported one, not this __main__.
+    from archfront.search.executors import evaluation_process
+
+    evaluation_process.serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,58 @@
+"""The contract of an executor: batches of tasks in, outcomes out, in whatever order they end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from archfront.evaluators.evaluator import Task
+from archfront.search.worker import Failure, Outcome
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchResult:
+    """The end of one batch.
+
+    Attributes:
+        outcomes: one a task, or empty if the batch has no results.
+        death: what became of the worker if it ended with the batch: the tasks' own fault, perhaps.
+        lost: the batch never ran, or its host vanished: nobody's fault, to be sent again.
+    """
+
+    batch: int
+    worker: str
+    outcomes: Sequence[Outcome] = field(default_factory=list)
+    death: Failure | None = None
+    lost: bool = False
+
+
+class Executor(ABC):
+    """Runs batches on ``slots`` workers. Used by one thread."""
+
+    slots: int
+
+    @abstractmethod
+    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
+        """Run one evaluator's ``prepare`` in a fresh worker; called before ``start``, so that nothing else runs.
+
+        Raises:
+            JobFailedError: it failed; the message has its traceback.
+        """
+
+    @abstractmethod
+    def start(self) -> None:
+        """Bring the workers up, or begin to."""
+
+    @abstractmethod
+    def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
+        """Begin a batch; the engine never has more than ``slots`` under way."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> list[BatchResult]:
+        """The batches that ended: at once if some have, else as soon as one does, or none after ``timeout_s``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop all workers at once; batches under way are dropped."""

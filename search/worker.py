@@ -1,0 +1,119 @@
+"""What a worker does with a batch of tasks, wherever it runs: build the job's evaluators once, evaluate, report."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, Task
+from archfront.search.job import JobSpec
+from archfront.search.plugins import Plugin, load_plugins
+from archfront.search.resolve import build_evaluators
+from archfront.spaces.registry import SPACES
+
+
+@dataclass(kw_only=True)
+class WorkerSetup:
+    """All that a worker needs to know of its job; plain data that travels.
+
+    Attributes:
+        spec: the job file.
+        plugins: the user's own files.
+        artifacts: what the evaluators prepared, by name.
+        files: folder or URI for checkpoints, or None.
+    """
+
+    spec: dict[str, Any]
+    plugins: list[Plugin] = field(default_factory=list)
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Failure:
+    """Why an attempt failed: ``kind`` is ``error``, ``timeout``, ``memory`` or ``died``."""
+
+    kind: str
+    message: str
+    traceback: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """The end of one attempt at a task: its metrics, or why it has none."""
+
+    number: int
+    metrics: Mapping[str, Metric] | None = None
+    failure: Failure | None = None
+    started_at: float = 0.0
+    duration_s: float = 0.0
+    checkpoint: str | None = None
+
+
+class Worker:
+    """The evaluators of one job in one process."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        load_plugins(setup.plugins)
+        spec = JobSpec.model_validate(setup.spec)
+        self._evaluators = build_evaluators(spec)
+        self.context = EvaluationContext(
+            space=SPACES.build(spec.space, "space"),
+            data=spec.data,
+            threads=max(1, int(spec.workers.cpus)),
+            files=setup.files,
+            artifacts=setup.artifacts,
+        )
+
+    def prepare(self, name: str) -> dict[str, Any]:
+        """What an evaluator wants made before the first evaluation."""
+        return dict(self._evaluators)[name].prepare(self.context)
+
+    def evaluate(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Every evaluator on every task that has not failed yet, one outcome a task, in order."""
+        started_at, start = time.time(), time.perf_counter()
+        metrics: dict[int, dict[str, Metric]] = {task.number: {} for task in tasks}
+        failures: dict[int, Failure] = {}
+        checkpoints: dict[int, str] = {}
+        for name, evaluator in self._evaluators:
+            alive = [task for task in tasks if task.number not in failures]
+            for task, result in zip(alive, self._apply(name, evaluator, alive), strict=True):
+                if isinstance(result, Exception):
+                    failures[task.number] = Failure(
+                        kind="error",
+                        message=f"{name}: {result!r}",
+                        traceback="".join(traceback.format_exception(result)),
+                    )
+                    continue
+                metrics[task.number].update(result.metrics)
+                if result.checkpoint is not None:
+                    checkpoints[task.number] = result.checkpoint
+        share = (time.perf_counter() - start) / max(len(tasks), 1)
+        return [
+            Outcome(
+                number=task.number,
+                metrics=None if task.number in failures else metrics[task.number],
+                failure=failures.get(task.number),
+                started_at=started_at,
+                duration_s=share,
+                checkpoint=checkpoints.get(task.number),
+            )
+            for task in tasks
+        ]
+
+    def _apply(self, name: str, evaluator: Evaluator, tasks: Sequence[Task]) -> Sequence[Any]:
+        """One evaluator's results; where the batch as a whole raised, each task alone, so that one costs no other."""
+        if not tasks:
+            return []
+        try:
+            results = evaluator.evaluate(tasks, self.context)
+            if len(results) != len(tasks):
+                raise ValueError(f"evaluator {name!r} returned {len(results)} results for {len(tasks)} tasks")
+        except Exception as error:
+            if len(tasks) == 1:
+                return [error]
+            return [self._apply(name, evaluator, [task])[0] for task in tasks]
+        return results
