@@ -1,0 +1,89 @@
+"""Training checkpoints: safetensors with a JSON header, on local paths or any fsspec URI, never half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = "archfront-checkpoint-1"
+_HEADER_BYTES = 8
+
+
+class UnreadableCheckpointError(Exception):
+    """A checkpoint is missing, damaged or another one's. Never a user's concern: training starts from scratch."""
+
+
+def join(folder: str, name: str) -> str:
+    """A file's path or URI inside a folder's."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def write(uri: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a checkpoint; whoever reads finds the old file, the whole new one, or none.
+
+    Args:
+        uri: local path or fsspec URI; missing folders are made.
+        tensors: contiguous.
+        metadata: text to find again by ``read``.
+    """
+    content = save(dict(tensors), {"format": FORMAT, **metadata})
+    path = _local(uri)
+    if path is None:
+        # Object stores make a file visible when it is complete.
+        with fsspec.open(uri, "wb", auto_mkdir=True) as file:
+            file.write(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(uri: str, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a checkpoint.
+
+    Args:
+        uri: local path or fsspec URI.
+        metadata: what its metadata must say.
+
+    Raises:
+        UnreadableCheckpointError: it is missing, damaged, or says otherwise.
+    """
+    try:
+        path = _local(uri)
+        if path is not None:
+            content = path.read_bytes()
+        else:
+            with fsspec.open(uri, "rb") as file:
+                content = file.read()
+        length = int.from_bytes(content[:_HEADER_BYTES], "little")
+        found = json.loads(content[_HEADER_BYTES : _HEADER_BYTES + length]).get("__metadata__", {})
+        tensors = load(content)
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise UnreadableCheckpointError(f"{uri}: {error}") from error
+    wanted = {"format": FORMAT, **metadata}
+    differing = [name for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise UnreadableCheckpointError(f"{uri}: differs in {', '.join(differing)}")
+    return tensors, found
+
+
+def _local(uri: str) -> Path | None:
+    if uri.startswith("file://"):
+        return Path(uri.removeprefix("file://"))
+    return None if "://" in uri or "::" in uri else Path(uri)
