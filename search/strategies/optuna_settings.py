@@ -20,25 +20,11 @@ _TYPES: Mapping[str, Any] = {
 }
 """The annotations that a job file can fill. Callables, trials and other samplers stay closed to it."""
 
-_CLOSED = frozenset(
-    # Ours to set, or without meaning where no trial is pruned; then those that Optuna deprecates.
-    [
-        "seed",
-        "warn_asynchronous_seeding",
-        "warn_independent_sampling",
-        "consider_pruned_trials",
-        "consider_prior",
-        "prior_weight",
-        "consider_magic_clip",
-        "consider_endpoints",
-        "gamma",
-        "weights",
-        "x0",
-        "sigma0",
-        "restart_strategy",
-        "inc_popsize",
-    ]
-)
+_OURS = ["seed", "warn_asynchronous_seeding", "warn_independent_sampling", "consider_pruned_trials"]
+"""For us to set, or without meaning where no trial is pruned."""
+
+_DEPRECATED = ["consider_prior", "prior_weight", "consider_magic_clip", "consider_endpoints", "gamma", "weights"]
+_DEPRECATED += ["x0", "sigma0", "restart_strategy", "inc_popsize"]
 
 
 def _named(suffix: str) -> dict[str, type[Any]]:
@@ -54,7 +40,7 @@ def settings_of(sampler: type[BaseSampler]) -> dict[str, inspect.Parameter]:
     """The keyword arguments of a sampler that plain data can fill, with the types that a job file gives."""
     found = {}
     for name, parameter in inspect.signature(sampler.__init__).parameters.items():
-        if name in _CLOSED:
+        if name in _OURS or name in _DEPRECATED:
             continue
         if parameter.annotation in _TYPES:
             kind = Annotated[int, Field(ge=0)] if name == "n_startup_trials" else _TYPES[parameter.annotation]
