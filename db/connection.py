@@ -42,12 +42,13 @@ def parse_url(text: str) -> URL:
     return url
 
 
-def open_engine(text: str, *, create: bool) -> Engine:
+def open_engine(text: str, *, create: bool, check_schema: bool = True) -> Engine:
     """An engine on a database whose schema is this version's; an empty database gets the schema.
 
     Args:
         text: URL, or path of a SQLite file.
         create: make a missing SQLite file; without it a missing file is an error.
+        check_schema: bring an empty database to this version's schema and refuse any other.
 
     Raises:
         LedgerError: unreachable, corrupt, read-only, of another schema version, or on a network file system.
@@ -62,8 +63,9 @@ def open_engine(text: str, *, create: bool) -> Engine:
     if url.get_backend_name() == "sqlite":
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
-    with ledger_errors(text):
-        _bring_schema(engine, text)
+    if check_schema:
+        with ledger_errors(text):
+            _bring_schema(engine, text)
     return engine
 
 

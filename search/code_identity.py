@@ -18,7 +18,7 @@ _LAYERS = ("spaces", "evaluators", "search", "db", "kernels")
 
 def code_identity(plugins: Sequence[Plugin]) -> dict[str, Any]:
     """Everything that a result may depend on besides the job and the machine."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             packages[name] = version(name)

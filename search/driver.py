@@ -123,10 +123,8 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
 def default_files(ledger: Ledger, job_id: int) -> str:
     """Where a job's checkpoints go unless said otherwise: beside a SQLite file, else in the working folder."""
     database = ledger.engine.url.database
-    if ledger.engine.dialect.name == "sqlite" and database:
-        folder = Path(database).absolute().parent
-    else:
-        folder = Path.cwd()
+    beside = ledger.engine.dialect.name == "sqlite" and database
+    folder = Path(database).absolute().parent if beside and database else Path.cwd()
     return str(folder / "archfront-files" / f"job-{job_id}")
 
 
@@ -169,9 +167,7 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
         executor.close()
 
 
-def _prepare(
-    ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions
-) -> None:
+def _prepare(ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions) -> None:
     """Give every worker what its evaluators need made once: from the ledger, or made now."""
     threads = max(1, int(job.spec.workers.cpus))
     context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads, files=setup.files)

@@ -102,6 +102,7 @@ class EvaluationProcess:
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for the driver alone
             stdout=self._stderr,
             stderr=self._stderr,
         )
@@ -203,7 +204,6 @@ def serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     # The module that the pickled names refer to is the imported one, not this __main__.
     from archfront.search.executors import evaluation_process
 

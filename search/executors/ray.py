@@ -100,6 +100,7 @@ class RayExecutor(Executor):
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for the driver alone
             stdout=self._errors,
             stderr=self._errors,
         )

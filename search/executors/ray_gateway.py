@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import threading
 from concurrent.futures import Future
@@ -129,7 +128,6 @@ class Gateway:
 
 if __name__ == "__main__":
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Pickled names must refer to the imported module, not to this __main__.
     from archfront.search.executors import ray_gateway
 

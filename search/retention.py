@@ -1,0 +1,72 @@
+"""Which checkpoints stay: a job's ``keep`` rule, applied by ``archfront gc``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fsspec
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from archfront.db.connection import write
+from archfront.db.ledger import Ledger
+from archfront.db.queries import FrontQuery, front
+from archfront.db.schema import Benchmark, Evaluation, Job
+
+
+def collect(db: str, reference: str, *, dry_run: bool = False) -> list[dict[str, Any]]:
+    """Delete what the jobs' rules do not keep. A job that is being driven is skipped: it may need any of it.
+
+    Args:
+        reference: id, name, ``last`` or ``all``.
+    """
+    ledger = Ledger.open(db, create=False)
+    if reference == "all":
+        with ledger.engine.connect() as connection:
+            ids = list(connection.execute(sa.select(Job.id).order_by(Job.id)).scalars())
+    else:
+        ids = [ledger.find_job(reference)]
+    return [_collect_job(ledger, job_id, dry_run) for job_id in ids]
+
+
+def _collect_job(ledger: Ledger, job_id: int, dry_run: bool) -> dict[str, Any]:
+    keep = ledger.job(job_id)["spec"]["keep"]
+    facts: dict[str, Any] = {"job": job_id, "keep": keep, "files": 0, "bytes": 0, "kept": 0, "skipped": None}
+    holder = ledger.holder(job_id)
+    if holder is not None:
+        return facts | {"skipped": f"driven by process {holder['pid']}"}
+    with ledger.engine.connect() as connection:
+        present = sa.select(Evaluation.number, Evaluation.checkpoint).where(
+            Evaluation.job_id == job_id, Evaluation.checkpoint.is_not(None)
+        )
+        checkpoints = {number: str(uri) for number, uri in connection.execute(present)}
+        kept = _kept(connection, job_id, keep, set(checkpoints))
+    dropped = {number: uri for number, uri in checkpoints.items() if number not in kept}
+    for uri in dropped.values():
+        facts["bytes"] += _delete(uri, dry_run)
+    if not dry_run and dropped:
+        with write(ledger.engine) as connection:
+            gone = sa.update(Evaluation).where(Evaluation.job_id == job_id, Evaluation.number.in_(list(dropped)))
+            connection.execute(gone.values(checkpoint=None))
+    return facts | {"files": len(dropped), "kept": len(checkpoints) - len(dropped)}
+
+
+def _kept(connection: Connection, job_id: int, keep: str, present: set[int]) -> set[int]:
+    if keep == "all":
+        return present
+    if keep == "none":
+        return set()
+    members = {row["evaluation"] for row in front(connection, job_id, FrontQuery())}
+    finalists = connection.execute(sa.select(Benchmark.number).where(Benchmark.job_id == job_id)).scalars()
+    return members | set(finalists)
+
+
+def _delete(uri: str, dry_run: bool) -> int:
+    """Delete a file that may be gone already; its size in bytes."""
+    system, path = fsspec.core.url_to_fs(uri)
+    if not system.exists(path):
+        return 0
+    size = int(system.size(path) or 0)
+    if not dry_run:
+        system.rm(path)
+    return size

@@ -1,0 +1,65 @@
+"""Commands that write files from a ledger, or clean up after it: export, report, gc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from archfront.cli.common import AsJson, Database, JobReference, PluginFiles, console, print_json
+from archfront.client import DEFAULT_DB, Job
+
+
+def export(
+    job: JobReference,
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Evaluation number, or the key's beginning.")],
+    to: Annotated[Path, typer.Option(help="FILE.json, FILE.safetensors or FILE.pt2 (torch.export).")],
+    db: Database = DEFAULT_DB,
+    plugin: PluginFiles = None,
+    json: AsJson = False,
+) -> None:
+    """Write one candidate: its genotype and metrics, its weights, or its exported program."""
+    from archfront.export import export_candidate
+
+    written = export_candidate(Job(db, job, plugins=plugin or []), candidate, to)
+    if json:
+        print_json(written)
+    else:
+        console.print(f"Wrote {written['what']} of evaluation {written['evaluation']} to {to}.", highlight=False)
+
+
+def report(
+    job: JobReference = "last",
+    to: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    db: Database = DEFAULT_DB,
+    plugin: PluginFiles = None,
+) -> None:
+    """Write a self-contained HTML report: front, history, finalists."""
+    from archfront.report.page import write_report
+
+    found = Job(db, job, plugins=plugin or [])
+    write_report(found, to)
+    console.print(f"Wrote the report on job {found.id} to {to}.", highlight=False)
+
+
+def gc(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Id, name, 'last' or 'all'.")] = "all",
+    db: Database = DEFAULT_DB,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Delete the checkpoints that a job's `keep` rule does not hold."""
+    from archfront.search.retention import collect
+
+    found = collect(db, job, dry_run=dry_run)
+    if json:
+        print_json(found)
+        return
+    for row in found:
+        verb = "would delete" if dry_run else "deleted"
+        console.print(
+            f"job {row['job']} (keep: {row['keep']}): {verb} {row['files']} checkpoints, {row['bytes'] / 1e6:.1f} MB; "
+            f"{row['kept']} kept" + (f"; skipped: {row['skipped']}" if row["skipped"] else ""),
+            highlight=False,
+        )

@@ -1,0 +1,88 @@
+"""The entry point ``archfront``: commands by name, errors as one clear message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from archfront import __version__
+from archfront.cli import catalog, database, keeping, reading, running
+from archfront.cli.common import EXIT_INPUT, EXIT_INTERRUPTED, errors, print_json
+from archfront.errors import ArchfrontError
+
+app = typer.Typer(
+    help="Neural architecture and compression-policy search: measured Pareto fronts, nothing lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    running.run,
+    running.resume,
+    running.cancel,
+    reading.jobs,
+    reading.status,
+    reading.front,
+    keeping.export,
+    keeping.report,
+    keeping.gc,
+    catalog.spaces,
+    catalog.evaluators,
+    catalog.strategies,
+    catalog.schema,
+    catalog.validate,
+):
+    app.command()(command)
+app.add_typer(database.app, name="db", help="The schema of a ledger.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"archfront {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of archfront itself."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 2 bad input, 3 the job failed, 130 interrupted.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except ArchfrontError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader went away (`archfront front | head`): not an error, but Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    if "--json" in sys.argv:
+        print_json({"error": message, "exit_code": code})
+    else:
+        errors.print(f"[bold red]error[/bold red] {_escaped(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,161 @@
+"""Commands that drive a job: run, resume, cancel."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from archfront.cli.common import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    AsJson,
+    Database,
+    JobReference,
+    PluginFiles,
+    console,
+    errors,
+    print_json,
+)
+from archfront.client import DEFAULT_DB, Job
+from archfront.errors import InputError
+
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Address of a running Ray cluster.")]
+Files = Annotated[
+    str | None, typer.Option("--files", help="Folder or URI for checkpoints; beside the ledger if unset.")
+]
+
+
+def run(
+    file: Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    db: Database = DEFAULT_DB,
+    workers: Annotated[int | None, typer.Option(min=1, help="In place of the job's workers.count.")] = None,
+    plugin: PluginFiles = None,
+    ray: RayAddress = None,
+    files: Files = None,
+    json: AsJson = False,
+) -> None:
+    """Submit a job and follow it to its end."""
+    from archfront.db.ledger import Ledger
+    from archfront.search.driver import submit
+    from archfront.search.job import read_spec
+    from archfront.search.plugins import load_plugins, read_plugins
+
+    sources = read_plugins(plugin or [])
+    load_plugins(sources)
+    spec = read_spec(file)
+    if workers is not None:
+        spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": workers})})
+    ledger = Ledger.open(db)
+    job = Job(ledger, submit(ledger, spec, sources), plugins=plugin or [])
+    _follow(job, db, json, ray=ray, files=files, accept=True)
+
+
+def resume(
+    job: JobReference,
+    db: Database = DEFAULT_DB,
+    budget: Annotated[str | None, typer.Option(metavar="+N", help="Evaluations to add to the budget.")] = None,
+    accept_changes: Annotated[bool, typer.Option(help="Go on although the code changed since the last run.")] = False,
+    plugin: PluginFiles = None,
+    ray: RayAddress = None,
+    files: Files = None,
+    json: AsJson = False,
+) -> None:
+    """Go on with a job where it stands."""
+    found = Job(db, job, plugins=plugin or [])
+    more = 0
+    if budget is not None:
+        if not budget.startswith("+") or not budget[1:].isdigit() or int(budget[1:]) < 1:
+            raise InputError("--budget", budget, "is no addition", "Write +N with N of at least 1, e.g. +200.")
+        more = int(budget[1:])
+    if found.state == "cancelled":
+        raise InputError("JOB", job, "was cancelled for good", "Start a new job, with warm_start to begin from it.")
+    if found.state == "done" and not more:
+        raise InputError("JOB", job, "is done", "Extend it with --budget +N.")
+    _follow(found, db, json, ray=ray, files=files, accept=accept_changes, evaluations=more)
+
+
+def cancel(job: JobReference, db: Database = DEFAULT_DB, json: AsJson = False) -> None:
+    """End a job for good; what it found stays."""
+    found = Job(db, job)
+    at_work = found.cancel()
+    if json:
+        print_json({"id": found.id, "state": found.state, "driver_at_work": at_work})
+    elif at_work:
+        console.print(f"Job {found.id} is being driven; its driver ends it within seconds.", highlight=False)
+    else:
+        console.print(f"Job {found.id} is {found.state}.", highlight=False)
+
+
+def _follow(
+    job: Job, db: str, as_json: bool, *, ray: str | None, files: str | None, accept: bool, evaluations: int = 0
+) -> None:
+    from archfront.cli.display import RunDisplay
+    from archfront.db.queries import job_objectives
+
+    def agree(changed: list[str]) -> bool:
+        if accept or not sys.stdin.isatty():
+            return accept
+        errors.print(f"Job {job.id} was last run by other code:", highlight=False)
+        for line in changed:
+            errors.print(f"  {line}", highlight=False)
+        return typer.confirm("Go on all the same?", err=True)
+
+    shown = errors if as_json else console
+    with _interruptible() as interrupted, RunDisplay(shown, job.name, job_objectives(job.spec)) as display:
+        display.announce(f"job {job.id} in {db}")
+        reason = job.resume(
+            evaluations=evaluations,
+            accept_changes=agree,
+            ray_address=ray,
+            files=files,
+            observe=display.observe,
+            announce=display.announce,
+            stop=interrupted,
+        )
+    if as_json:
+        print_json(job.status() | {"ended": reason})
+    if reason == "stopped":
+        errors.print(f"Interrupted; nothing is lost. Go on with: archfront resume {job.id} --db {db}", highlight=False)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not as_json:
+        status = job.status()
+        done, failed = status["evaluations"]["done"], status["evaluations"]["failed"]
+        console.print(
+            f"Job {job.id} is {job.state}: {status['reason']}; {done} evaluations done, {failed} failed, "
+            f"{status['front']} on the front. See it with: archfront front {job.id} --db {db}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    raise typer.Exit(EXIT_DONE)
+
+
+class _Interrupt:
+    """Set by the first SIGINT or SIGTERM; the second ends the process the hard way (which loses nothing either)."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def __call__(self) -> bool:
+        return self._requested
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+    before = {number: signal.signal(number, interrupt.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""Writing one candidate to a file: genotype and metrics, weights, or an exported program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from archfront.client import Job
+from archfront.db.queries import evaluation_rows
+from archfront.db.schema import Candidate, Evaluation
+from archfront.errors import InputError
+from archfront.spaces.space import Space
+
+
+def export_candidate(job: Job, candidate: str, to: Path) -> dict[str, Any]:
+    """Write a candidate in the format that the file's suffix names.
+
+    Raises:
+        InputError: unknown candidate or format, no weights kept.
+    """
+    writers: dict[str, Callable[[Job, dict[str, Any], Path], str]] = {
+        ".json": _write_json,
+        ".safetensors": _write_weights,
+        ".pt2": _write_program,
+    }
+    if to.suffix not in writers:
+        raise InputError("--to", str(to), "has an unknown format", f"End it with {', '.join(writers)}.")
+    if not to.absolute().parent.is_dir():
+        raise InputError("--to", str(to), "lies in a folder that does not exist", "Make the folder first.")
+    row = find_evaluation(job, candidate)
+    what = writers[to.suffix](job, row, to)
+    return {"job": job.id, "evaluation": row["evaluation"], "key": row["key"], "what": what, "file": str(to)}
+
+
+def find_evaluation(job: Job, candidate: str) -> dict[str, Any]:
+    """The evaluation behind a number, or the newest one of the candidate whose key begins so.
+
+    Raises:
+        InputError: none, or several candidates.
+    """
+    mine = Evaluation.job_id == job.id
+    with job.ledger.engine.connect() as connection:
+        if candidate.isdigit() and len(candidate) < 10:
+            known = connection.execute(sa.select(Evaluation.number).where(mine, Evaluation.number == int(candidate)))
+            numbers = list(known.scalars())
+        else:
+            query = (
+                sa.select(Evaluation.number, Candidate.key)
+                .join(Candidate, Candidate.id == Evaluation.candidate_id)
+                .where(mine, Candidate.key.startswith(candidate, autoescape=True))
+                .order_by(Evaluation.fidelity.desc(), Evaluation.number.desc())
+            )
+            found = connection.execute(query).all()
+            if len({key for _, key in found}) > 1:
+                raise InputError("CANDIDATE", candidate, "begins several keys", "Give more of it.")
+            numbers = [number for number, _ in found]
+        if not numbers:
+            raise InputError(
+                "CANDIDATE", candidate, "is no evaluation of this job", "`archfront front` shows numbers and keys."
+            )
+        return evaluation_rows(connection, job.id, numbers[:1])[0]
+
+
+def _space(job: Job) -> Space:
+    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.spaces.registry import SPACES
+
+    load_plugins(read_plugins(job.plugins))
+    return SPACES.build(job.spec["space"], "space")
+
+
+def _write_json(job: Job, row: dict[str, Any], to: Path) -> str:
+    layers = [
+        {"name": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+        for layer in _space(job).describe(row["genotype"])
+    ]
+    document = {key: row[key] for key in ("evaluation", "key", "genotype", "fidelity", "metrics", "std", "provenance")}
+    to.write_text(json.dumps({"space": job.spec["space"], **document, "layers": layers}, indent=2), encoding="utf-8")
+    return "genotype, metrics and layers"
+
+
+def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
+    """The module with its best kept weights, and where these came from."""
+    from archfront.evaluators.checkpoints import UnreadableCheckpointError, read_model
+
+    final = [b for b in job.ledger.benchmarks(job.id) if b["number"] == row["evaluation"] and b["kind"] == "training"]
+    uris = [str(b["content"]["checkpoint"]) for b in final if b["content"].get("checkpoint")]
+    uris += [row["checkpoint"]] if row["checkpoint"] else []
+    for uri in uris:
+        try:
+            return read_model(_space(job), row["genotype"], uri), uri
+        except UnreadableCheckpointError:
+            continue
+    raise InputError(
+        "CANDIDATE", row["evaluation"], "has no weights any more", "Export it as .json, or keep more with `keep: all`."
+    )
+
+
+def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:
+    from safetensors.torch import save_file
+
+    model, uri = _trained_model(job, row)
+    metadata = {"space": json.dumps(job.spec["space"]), "genotype": json.dumps(row["genotype"]), "from": uri}
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, to, metadata)
+    return "weights"
+
+
+def _write_program(job: Job, row: dict[str, Any], to: Path) -> str:
+    import torch
+
+    model, _ = _trained_model(job, row)
+    space: Any = _space(job)
+    example = torch.zeros(2, space.in_channels, space.resolution, space.resolution)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, to)
+    return "the exported program"
