@@ -4,6 +4,7 @@ Tuning", 2020: ASHA), around any strategy and for any number of objectives."""
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from archfront.errors import InputError
 from archfront.search.strategies.selection import ranking
@@ -24,10 +25,20 @@ class _Rung:
         self.rows: list[Population] = []
         self.keys: list[bytes] = []
         self.promoted: set[bytes] = set()
+        self._present: set[bytes] = set()
         self._objectives = np.empty((_EXACT_UP_TO, objectives))
         self._violations = np.empty(_EXACT_UP_TO)
         self._counted = 0
         self._order: list[int] | None = None
+
+    def new(self, keys: list[bytes], here: npt.NDArray[np.bool_]) -> list[int]:
+        """Where ``here`` holds and the candidate has no result yet: a seed may repeat one, and counts once."""
+        found = []
+        for i in np.flatnonzero(here).tolist():
+            if keys[i] not in self._present:
+                self._present.add(keys[i])
+                found.append(i)
+        return found
 
     def add(self, population: Population, keys: list[bytes], results: Results) -> None:
         start, end = len(self.keys), len(self.keys) + len(keys)
@@ -125,7 +136,7 @@ class Halving(Strategy):
     def learn(self, population: Population, results: Results) -> None:
         keys = self.space.keys(population)
         for fidelity in np.unique(results.fidelities).tolist():
-            at = np.flatnonzero(results.fidelities == fidelity)
+            at = np.array(self._rungs[fidelity].new(keys, results.fidelities == fidelity), dtype=np.int64)
             part = Results(
                 numbers=results.numbers[at],
                 fidelities=results.fidelities[at],

@@ -53,12 +53,12 @@ class NSGA2(Strategy):
         rng = ask.rng()
         parents = self._selected()
         # The first population is drawn at random even where results of it are in: its diversity is the point.
-        draws = ask.count if parents is None else min(max(self.population - self._started, 0), ask.count)
+        draws = min(max(self.population - self._started, 0), ask.count)
 
         def generate(count: int) -> Population:
+            if parents is None:
+                return self.space.sample(rng, count)
             drawn = self.space.sample(rng, min(draws, count))
-            if parents is None or draws >= count:
-                return drawn
             return np.concatenate([drawn, self._bred(rng, parents, count - len(drawn))])
 
         return self.proposals(self.fresh(ask.count, bred_or_sampled(self.space, rng, generate)))

@@ -67,7 +67,7 @@ class RegularizedEvolution(Strategy):
     def ask(self, ask: Ask) -> Proposals:
         rng = ask.rng()
         members = list(self._members)
-        draws = min(max(self.population - self._started, 0), ask.count) if members else ask.count
+        draws = min(max(self.population - self._started, 0), ask.count)
         if members:
             rows = np.concatenate([m.row for m in members])
             order = ranking(
@@ -78,8 +78,8 @@ class RegularizedEvolution(Strategy):
             ranked = rows[order]
 
         def generate(count: int) -> Population:
-            drawn = self.space.sample(rng, min(draws, count))
-            if draws >= count:
+            drawn = self.space.sample(rng, min(draws, count) if members else count)
+            if len(drawn) >= count:
                 return drawn
             # The rows are sorted, so the lowest position of a sample is its best.
             winners = rng.integers(len(ranked), size=(count - len(drawn), self.sample)).min(axis=1)

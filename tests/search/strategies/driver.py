@@ -111,6 +111,15 @@ class Engine:
         self.store(Row(told, ask, stored(proposals), foreign))
         return bool(len(proposals) or self.in_flight)
 
+    def resume(self, log: list[Row]) -> None:
+        """Replay the rows of an earlier engine, and stand where it stood."""
+        for row in log:
+            if row.told is not None:
+                self.strategy.tell(row.told)
+                for number in row.told.numbers.tolist():
+                    del self.in_flight[number]
+            self.store(row)
+
     def store(self, row: Row) -> None:
         self.strategy.asked(row.ask, row.proposals)
         for i in range(len(row.proposals)):
@@ -148,14 +157,6 @@ def stored(proposals: Proposals) -> Proposals:
     """An answer as it comes back from the ledger; a database may order the keys of its JSON in its own way."""
     memory: Any = json.loads(json.dumps(proposals.memory, sort_keys=True, allow_nan=False))
     return Proposals(population=proposals.population, fidelities=proposals.fidelities, memory=memory)
-
-
-def replay(strategy: Strategy, log: list[Row]) -> None:
-    """The calls of a resumed job: everything but ``ask``."""
-    for row in log:
-        if row.told is not None:
-            strategy.tell(row.told)
-        strategy.asked(row.ask, row.proposals)
 
 
 def same(first: Proposals, second: Proposals) -> bool:
