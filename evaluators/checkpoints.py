@@ -1,4 +1,8 @@
-"""Training checkpoints: safetensors with a JSON header, on local paths or any fsspec URI, never half a file."""
+"""Training checkpoints: safetensors with a JSON header, on local paths or any fsspec URI, never half a file.
+
+A file holds ``final/<name>``, the trained weights, and, where training can go on from it, ``model/<name>`` and
+``optimizer/...``, the state before the learning rate fell.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ from pathlib import Path
 import fsspec
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
+
+from archfront.spaces.space import Genotype, Space
 
 FORMAT = "archfront-checkpoint-1"
+FINAL = "final/"
 _HEADER_BYTES = 8
 
 
@@ -81,6 +88,28 @@ def read(uri: str, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict
     if differing:
         raise UnreadableCheckpointError(f"{uri}: differs in {', '.join(differing)}")
     return tensors, found
+
+
+def write_model(uri: str, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write trained weights alone, as of a finalist; ``read_model`` reads them."""
+    write(uri, {FINAL + name: tensor.contiguous() for name, tensor in state_dict.items()}, metadata)
+
+
+def read_model(space: Space, genotype: Genotype, uri: str) -> nn.Module:
+    """The network of a genotype with the trained weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        UnreadableCheckpointError: the file is missing, damaged, or of another network.
+        InputError: the genotype is not of the space.
+    """
+    tensors, _ = read(uri, {})
+    weights = {name.removeprefix(FINAL): tensor for name, tensor in tensors.items() if name.startswith(FINAL)}
+    model = space.build(genotype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UnreadableCheckpointError(f"{uri}: {error}") from error
+    return model.eval()
 
 
 def _local(uri: str) -> Path | None:

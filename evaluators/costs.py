@@ -119,7 +119,7 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     model = model.to("meta").eval()
     peak = 0
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal peak
         peak = max(peak, _elements(inputs) + _elements(output))
 

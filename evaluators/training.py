@@ -112,14 +112,14 @@ class Training(Evaluator):
         digest = self.recipe_digest(context.space, data)
         metadata = {"key": task.key, "seed": str(task.seed), "recipe": digest}
         run = self._continued(task, context, data, digest, metadata)
-        trunk = self.recipe.trunk(task.fidelity)
-        uri = None
-        run.train(trunk, task.fidelity)
-        if context.files is not None:
-            uri = checkpoints.join(context.files, self.checkpoint_name(task, task.fidelity, digest))
-            state = run.state()
-            checkpoints.write(uri, state.tensors, {**metadata, "epochs": str(state.epochs)})
+        run.train(self.recipe.trunk(task.fidelity), task.fidelity)
+        trunk = run.state() if context.files is not None else None
         run.train(task.fidelity, task.fidelity)
+        uri = None
+        if context.files is not None and trunk is not None:
+            uri = checkpoints.join(context.files, self.checkpoint_name(task, task.fidelity, digest))
+            final = {checkpoints.FINAL + name: tensor for name, tensor in run.weights().items()}
+            checkpoints.write(uri, {**trunk.tensors, **final}, {**metadata, "epochs": str(trunk.epochs)})
         metrics = {
             "accuracy": Metric(run.accuracy("validation"), "measured"),
             "train_loss": Metric(run.loss, "measured"),
@@ -197,8 +197,7 @@ def train_finalist(
     with threads(threads_count):
         run = Run(lambda: space.build(genotype), loaded, recipe or Recipe(), seed)
         run.train(epochs, epochs)
-        weights = {name: t.detach().clone().contiguous() for name, t in run.model.state_dict().items()}
-        return FinalistResult(run.accuracy("validation"), run.accuracy("test"), run.loss, epochs, weights)
+        return FinalistResult(run.accuracy("validation"), run.accuracy("test"), run.loss, epochs, run.weights())
 
 
 def load_for(space: Space, config: Mapping[str, Any] | None) -> DataSet:

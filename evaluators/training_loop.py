@@ -106,13 +106,20 @@ class Run:
                 right += int((logits.argmax(1) == wanted).sum())
         return 100 * right / len(labels)
 
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the network's parameters and buffers, contiguous."""
+        return {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.model.state_dict().items()
+        }
+
     def state(self) -> TrunkState:
         """All that a later run needs to go on."""
-        tensors = {f"model/{name}": t.detach().clone().contiguous() for name, t in self.model.state_dict().items()}
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         for i, parameter in enumerate(self._parameters):
             for name, value in self._optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{i}/{name}"] = value.detach().clone().contiguous()
+                    tensors[f"optimizer/{i}/{name}"] = value.detach().clone(memory_format=torch.contiguous_format)
         return TrunkState(self.epoch, tensors)
 
     def restore(self, state: TrunkState) -> None:

@@ -56,6 +56,12 @@ class BlockSpace(Protocol):
     def sample(self, rng: np.random.Generator, count: int) -> Population:
         """Genotypes drawn from the space."""
 
+    def mutate(self, rng: np.random.Generator, parents: Population, rate: float | None = None) -> Population:
+        """One mutant per parent."""
+
+    def crossover(self, rng: np.random.Generator, first: Population, second: Population) -> Population:
+        """One child for each pair of parents."""
+
     def to_json(self, population: Population) -> list[Genotype]:
         """Plain data of genotypes."""
 

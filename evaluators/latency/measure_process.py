@@ -1,0 +1,99 @@
+"""The process that measures: one JSON request on standard input, one JSON response on standard output.
+
+Run as ``python -m archfront.evaluators.latency.measure_process``. It imports the spaces and torch, and no other part
+of archfront, no data and no database. The request:
+
+    {"space": {"name": ..., ...}, "threads": 1, "settings": {...},
+     "items": [{"genotype": [...]} | {"block": "<descriptor>"}, ...]}
+
+where an item may also have ``batch``, ``backend`` and ``channels_last``. The response: ``{"items": [Timing, ...],
+"environment": {...}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from archfront.evaluators.latency.device import fingerprint
+from archfront.evaluators.latency.measurement import Settings, Timing, failed, measure, peak_memory
+from archfront.spaces.blocks import BlockSpace
+from archfront.spaces.registry import SPACES
+from archfront.spaces.space import Space
+
+
+def respond(request: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a request asks for."""
+    threads = int(request["threads"])
+    torch.set_num_threads(threads)
+    space = SPACES.build(request["space"], "space")
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    functions: list[Callable[[], object]] = []
+    places: list[int] = []
+    results: dict[int, Timing] = {}
+    with torch.inference_mode():
+        for place, item in enumerate(request["items"]):
+            try:
+                functions.append(_call(space, item))
+                places.append(place)
+            except Exception as error:
+                results[place] = failed(f"{type(error).__name__}: {error}")
+        results.update(zip(places, measure(functions, Settings(**request.get("settings", {}))), strict=True))
+    return {
+        "items": [asdict(results[place]) for place in range(len(request["items"]))],
+        "environment": {
+            "device": fingerprint(threads).to_json(),
+            "threads": torch.get_num_threads(),
+            "load_before": load_before,
+            "load_after": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+            "python": sys.version.split()[0],
+            "peak_memory_bytes": peak_memory(),
+        },
+    }
+
+
+def _call(space: Space, item: dict[str, Any]) -> Callable[[], object]:
+    """One forward pass of an item, its weights and input drawn from a fixed seed."""
+    torch.manual_seed(0)
+    if "block" in item:
+        if not isinstance(space, BlockSpace):
+            raise TypeError(f"{space.name} has no blocks")
+        model = space.build_block(item["block"])
+        shape = next(s.input_shape for s in space.block_catalogue() if s.descriptor == item["block"])
+    else:
+        model = space.build(item["genotype"])
+        shape = (space.in_channels, space.resolution, space.resolution)  # type: ignore[attr-defined]
+    layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
+    model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
+    # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
+    example = torch.randn(int(item.get("batch", 1)), *shape).contiguous(memory_format=layout)
+    backend = item.get("backend", "eager")
+    if backend == "compile":
+        model = torch.compile(model)  # type: ignore[assignment]
+    elif backend != "eager":
+        raise ValueError(f"unknown backend {backend!r}; known: eager, compile")
+
+    def call() -> object:
+        return model(example)
+
+    return call
+
+
+def main() -> None:
+    """Answer one request. What the compiler prints goes to standard error, so that the response stays JSON."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    response = respond(json.load(sys.stdin))
+    with os.fdopen(answer, "w") as file:
+        json.dump(response, file)
+
+
+if __name__ == "__main__":
+    main()

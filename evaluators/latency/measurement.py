@@ -1,0 +1,242 @@
+"""The one discipline of measuring: warm up until stable, interleave, take medians, say how sure they are.
+
+Used for tables, candidates, finalists and benchmarks, always in a fresh process (``measure_process``), so that neither
+other code's threads nor its memory disturb the figures. Every item's samples are spread over the whole measurement:
+a slow spell of the machine then meets all items alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from archfront.errors import ArchfrontError
+
+OUTLIER_DEVIATIONS = 6.0
+"""Beyond so many robust deviations above the median a sample counts as an outlier; it stays in the samples."""
+
+_BOOTSTRAPS = 400
+_PROCESS = "archfront.evaluators.latency.measure_process"
+
+
+class MeasurementError(ArchfrontError):
+    """A measuring process failed; its own words are in the message."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        rounds: samples of each item.
+        sample_ms: a sample repeats the call until it lasts about so long, and is the mean of its calls.
+        warmup_ms: least warm-up of an item.
+        stable: warm-up goes on until two successive samples differ by at most this share, ...
+        warmup_limit_ms: ... or until it took so long.
+        confidence: of the interval of the median.
+    """
+
+    rounds: int = 30
+    sample_ms: float = 1.0
+    warmup_ms: float = 20.0
+    stable: float = 0.1
+    warmup_limit_ms: float = 500.0
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was found for one item; times in ms of one call.
+
+    Attributes:
+        median_ms: of the samples.
+        low_ms, high_ms: bootstrap interval of the median.
+        std_ms: bootstrap standard deviation of the median: how sure the estimate is.
+        spread_ms: robust standard deviation of the samples: how much single calls vary.
+        samples_ms: all of them, in the order of measuring.
+        calls: in each sample.
+        peak_memory_bytes: growth of the process's peak resident memory up to the end of this item's warm-up; 0 where
+            it stayed below an earlier peak.
+        notes: outliers, warm-up that never became stable.
+        error: why there is no figure; the others are then nan.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    std_ms: float
+    spread_ms: float
+    samples_ms: list[float] = field(default_factory=list)
+    calls: int = 0
+    peak_memory_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def failed(error: str) -> Timing:
+    """The timing of an item that could not run."""
+    nan = float("nan")
+    return Timing(median_ms=nan, low_ms=nan, high_ms=nan, std_ms=nan, spread_ms=nan, error=error)
+
+
+def measure(functions: Sequence[Callable[[], object]], settings: Settings) -> list[Timing]:
+    """Time functions against each other, in this process.
+
+    Args:
+        functions: each makes one call; it must have finished the work when it returns.
+        settings: how long.
+
+    Returns:
+        One timing for each, in order; with ``error`` for a function that raised.
+    """
+    errors: dict[int, str] = {}
+    calls: dict[int, int] = {}
+    memory: dict[int, int] = {}
+    notes: dict[int, list[str]] = {i: [] for i in range(len(functions))}
+    before = peak_memory()
+    for i, function in enumerate(functions):
+        try:
+            calls[i], stable = _warm_up(function, settings)
+        except Exception as error:
+            errors[i] = f"{type(error).__name__}: {error}"
+            continue
+        after = peak_memory()
+        memory[i], before = after - before, after
+        if not stable:
+            notes[i].append(f"not stable after {settings.warmup_limit_ms:g} ms of warm-up")
+    samples: dict[int, list[float]] = {i: [] for i in calls}
+    # The order changes from round to round, so that no item always follows the same other one.
+    rng = np.random.default_rng(0)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(settings.rounds):
+            for i in rng.permutation(list(calls)).tolist():
+                # The first call after another item pays for what that one left in the caches.
+                functions[i]()
+                samples[i].append(_sample(functions[i], calls[i]))
+    finally:
+        if collecting:
+            gc.enable()
+    return [
+        failed(errors[i]) if i in errors else summary(samples[i], settings, calls[i], memory[i], notes[i])
+        for i in range(len(functions))
+    ]
+
+
+def summary(
+    samples: Sequence[float], settings: Settings, calls: int = 1, memory: int = 0, notes: Sequence[str] = ()
+) -> Timing:
+    """The figures of samples in ms."""
+    values: npt.NDArray[np.float64] = np.asarray(samples, dtype=np.float64)
+    median = float(np.median(values))
+    rng = np.random.default_rng(len(values))
+    medians = np.median(values[rng.integers(len(values), size=(_BOOTSTRAPS, len(values)))], axis=1)
+    tail = (1 - settings.confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    spread = float(1.4826 * np.median(np.abs(values - median)))
+    outliers = int((values > median + OUTLIER_DEVIATIONS * max(spread, 0.01 * median)).sum())
+    found = [*notes, f"{outliers} of {len(values)} samples are outliers"] if outliers else list(notes)
+    return Timing(
+        median_ms=median,
+        low_ms=float(low),
+        high_ms=float(high),
+        std_ms=float(medians.std()),
+        spread_ms=spread,
+        samples_ms=values.tolist(),
+        calls=calls,
+        peak_memory_bytes=memory,
+        notes=found,
+    )
+
+
+def _warm_up(function: Callable[[], object], settings: Settings) -> tuple[int, bool]:
+    """Calls for one sample, and whether the time became stable."""
+    function()
+    start = perf_counter()
+    last = _sample(function, 1)
+    calls = max(1, round(settings.sample_ms / max(last, 1e-4)))
+    while True:
+        now = _sample(function, calls)
+        spent = (perf_counter() - start) * 1e3
+        stable = abs(now - last) <= settings.stable * last
+        if (stable and spent >= settings.warmup_ms) or spent >= settings.warmup_limit_ms:
+            return max(1, round(settings.sample_ms / max(now, 1e-4))), stable
+        last = now
+
+
+def _sample(function: Callable[[], object], calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        function()
+    return (perf_counter() - start) * 1e3 / calls
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measured_elsewhere(
+    space: dict[str, Any],
+    items: Sequence[dict[str, Any]],
+    *,
+    threads: int,
+    settings: Settings | None = None,
+    timeout_s: float | None = None,
+) -> tuple[list[Timing], dict[str, Any]]:
+    """Measure in a fresh process.
+
+    Args:
+        space: ``{"name": ..., <arguments>}`` of a registered space.
+        items: each with ``genotype`` (a whole network) or ``block`` (a descriptor), and optionally ``batch`` (1),
+            ``backend`` (``eager`` or ``compile``) and ``channels_last`` (false).
+        threads: that torch and OpenMP get there.
+        settings: how long to measure.
+        timeout_s: of the process; None for none.
+
+    Returns:
+        The timings in the order of the items, and the environment they hold for.
+
+    Raises:
+        MeasurementError: the process failed or took too long.
+    """
+    request = {"space": space, "items": list(items), "threads": threads, "settings": asdict(settings or Settings())}
+    environment = {**os.environ, **{name: str(threads) for name in _THREAD_VARIABLES}}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", _PROCESS],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MeasurementError(f"The measuring process took longer than {timeout_s} s.") from None
+    if done.returncode:
+        raise MeasurementError(f"The measuring process ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    response = json.loads(done.stdout)
+    return [Timing(**timing) for timing in response["items"]], response["environment"]
+
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
