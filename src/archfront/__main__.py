@@ -1,0 +1,5 @@
+"""``python -m archfront``."""
+
+from archfront.cli.main import main
+
+main()
