@@ -60,6 +60,8 @@ class Task:
         fidelity: how much to spend, in the job's fidelity unit (epochs for training).
         repeat: 0 for the first evaluation of a candidate at a fidelity.
         seed: function of the job's seed, the candidate and the repeat; the same at every fidelity.
+        final: a finalist's long evaluation after the search: only here may the test split be looked at, and what is
+            kept is the finished model.
     """
 
     number: int
@@ -68,6 +70,7 @@ class Task:
     fidelity: int
     repeat: int
     seed: int
+    final: bool = False
 
 
 @dataclass(kw_only=True)

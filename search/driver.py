@@ -20,6 +20,7 @@ from archfront.search.executors.inline import InlineExecutor
 from archfront.search.executors.process import ProcessExecutor
 from archfront.search.executors.ray import RayExecutor
 from archfront.search.executors.ray_gateway import GatewayOptions
+from archfront.search.finalists import run_finalists
 from archfront.search.job import JobSpec, parse_spec
 from archfront.search.plugins import Plugin, load_plugins
 from archfront.search.resolve import ResolvedJob, resolve
@@ -162,7 +163,12 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
             observe=options.observe,
             stop=options.stop,
         )
-        return engine.run()
+        reason = engine.run()
+        ended = _OUTCOMES[reason][0] == "done"
+        if ended and job.spec.finalists.count:
+            ended = run_finalists(ledger, writer, job, executor, announce=options.announce, stop=options.stop)
+            return reason if ended else "stopped"
+        return reason
     finally:
         executor.close()
 

@@ -60,6 +60,7 @@ class Finalists(_Section):
     batches: list[Annotated[int, Field(ge=1)]] = [1]
     epochs: Annotated[int | None, Field(ge=1, description="epochs of the final training; none if not set")] = None
     compiled: Annotated[int | None, Field(ge=0, description="how many of them to compile; all if not set")] = None
+    where: Annotated[str | None, Field(description="what members must hold to be chosen, e.g. accuracy >= 90")] = None
 
 
 class Halving(_Section):

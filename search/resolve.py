@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from archfront.db.expressions import Constraint, parse_constraint
+from archfront.db.expressions import Condition, Constraint, parse_constraint
 from archfront.errors import InputError, suggestion
 from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, MetricSpec
 from archfront.evaluators.registry import EVALUATORS
@@ -117,6 +117,8 @@ def resolve(spec: JobSpec) -> ResolvedJob:
                 f"constraints.{i}", text, f"asks for a confidence, but {known.name} has no known error", "Drop the '@'."
             )
         constraints.append(constraint)
+    if spec.finalists.where is not None:
+        Condition(spec.finalists.where, metrics, "finalists.where")
     problem = Problem(space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed)
     _check_strategy(spec, problem)
     batch = spec.workers.batch or min(evaluator.batch_size for _, evaluator in evaluators)

@@ -27,7 +27,8 @@ class NSGA2(Strategy):
     Args:
         population: number of parents, and of random candidates to begin with.
         crossover: probability that a child has two parents.
-        mutation: probability of each decision to change beyond the one that always does; default: the space's own.
+        mutation: probability of each decision to change beyond the one that always does; 0 changes exactly one, which
+            was better than the usual 1/n on top on NAS-Bench-201 and on synthetic spaces of 22 decisions.
     """
 
     name = "nsga2"
@@ -37,7 +38,7 @@ class NSGA2(Strategy):
         _problem: Problem,
         population: Annotated[int, Field(ge=2)] = 50,
         crossover: Annotated[float, Field(ge=0, le=1)] = 0.9,
-        mutation: Annotated[float | None, Field(ge=0, le=1)] = None,
+        mutation: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         super().__init__(_problem)
         self.population = population

@@ -1,0 +1,211 @@
+"""Finalists: front members spread over the front, trained longer, then measured on the device.
+
+Each step's result is a row of ``benchmarks``, committed when it is there; a run that was killed goes on behind the
+last one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from archfront.db.expressions import Condition
+from archfront.db.ledger import Ledger
+from archfront.db.queries import FrontQuery, front, job_objectives
+from archfront.db.writer import JobWriter
+from archfront.evaluators.evaluator import Task
+from archfront.evaluators.latency.evaluator import Latency
+from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
+from archfront.search.executors.executor import BatchResult, Executor
+from archfront.search.resolve import ResolvedJob
+
+_HEARTBEAT_S = 5.0
+_MEASURE_S = 900.0
+
+
+def choose(rows: list[dict[str, Any]], objectives: list[tuple[str, str]], count: int) -> list[dict[str, Any]]:
+    """Members spread over a front: the best in the first objective, then always the one farthest from those chosen
+    (in objectives scaled to the front's extent). In the order of their choice."""
+    if not rows:
+        return []
+    signs = [-1.0 if direction == "max" else 1.0 for _, direction in objectives]
+    points = np.array([[s * row["metrics"][n] for s, (n, _) in zip(signs, objectives, strict=True)] for row in rows])
+    extent = points.max(axis=0) - points.min(axis=0)
+    scaled = (points - points.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    chosen = [int(np.lexsort((*points.T[:0:-1], points[:, 0]))[0])]
+    distance = np.linalg.norm(scaled - scaled[chosen[0]], axis=1)
+    while len(chosen) < min(count, len(rows)) and distance.max() > 0:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(scaled - scaled[chosen[-1]], axis=1))
+    return [rows[i] for i in chosen]
+
+
+def run_finalists(
+    ledger: Ledger,
+    writer: JobWriter,
+    job: ResolvedJob,
+    executor: Executor,
+    *,
+    announce: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """Train and measure what is not trained and measured yet. Returns whether it came to its end."""
+    finalists = _chosen(ledger, writer.job_id, job)
+    if not finalists:
+        announce("no front member holds the conditions for finalists")
+        return True
+    if job.spec.finalists.epochs is not None and not _train(ledger, writer, job, executor, finalists, announce, stop):
+        return False
+    # Nothing else of ours may run on the device while it is measured.
+    executor.close()
+    return _measure(ledger, writer, job, finalists, announce, stop)
+
+
+def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
+    with ledger.engine.connect() as connection:
+        members = front(connection, job_id, FrontQuery())
+    condition = job.spec.finalists.where
+    if condition is not None and members:
+        names = sorted({name for row in members for name in row["metrics"]})
+        columns = {n: np.array([row["metrics"].get(n, math.nan) for row in members], dtype=float) for n in names}
+        mask = Condition(condition, names, "finalists.where").mask(columns)
+        members = [row for row, holds in zip(members, mask, strict=True) if holds]
+    return choose(members, job_objectives(ledger.job(job_id)["spec"]), job.spec.finalists.count)
+
+
+def _train(
+    ledger: Ledger,
+    writer: JobWriter,
+    job: ResolvedJob,
+    executor: Executor,
+    finalists: list[dict[str, Any]],
+    announce: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> bool:
+    epochs = int(job.spec.finalists.epochs or 0)
+    settings = {"epochs": epochs}
+    waiting = [row for row in finalists if not _is_there(ledger, writer.job_id, row, "training", settings)]
+    under_way: dict[int, dict[str, Any]] = {}
+    top = max(job.fidelities)
+    limit_s = job.spec.workers.timeout_s * max(1.0, epochs / max(top, 1))
+    beat = time.monotonic()
+    if waiting:
+        announce(f"training {len(waiting)} finalists for {epochs} epochs")
+    while waiting or under_way:
+        while waiting and len(under_way) < executor.slots:
+            row = waiting.pop(0)
+            under_way[row["evaluation"]] = row
+            executor.submit(row["evaluation"], [_final_task(job, row, epochs)], limit_s)
+        if stop():
+            return False
+        for result in executor.wait(0.25):
+            row = under_way.pop(result.batch)
+            content = _trained(result)
+            ledger.store_benchmark(writer.job_id, row["evaluation"], "training", settings, content, None)
+            announce(f"finalist {row['key'][:8]} trained: {_words(content)}")
+        if time.monotonic() - beat > _HEARTBEAT_S:
+            writer.commit()
+            beat = time.monotonic()
+    return True
+
+
+def _trained(result: BatchResult) -> dict[str, Any]:
+    """What a finalist's training gave, or why it gave nothing."""
+    outcome = result.outcomes[0] if result.outcomes else None
+    if outcome is not None and outcome.metrics is not None:
+        values = {name: metric.value for name, metric in outcome.metrics.items()}
+        return _finite(values | {"checkpoint": outcome.checkpoint, "duration_s": outcome.duration_s})
+    failure = result.death if outcome is None else outcome.failure
+    return {"error": "its worker was lost" if failure is None else failure.message}
+
+
+def _measure(
+    ledger: Ledger,
+    writer: JobWriter,
+    job: ResolvedJob,
+    finalists: list[dict[str, Any]],
+    announce: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> bool:
+    plan = job.spec.finalists
+    threads = next((e.threads for _, e in job.evaluators if isinstance(e, Latency)), 1)
+    space = {"name": job.space.name, **job.space.config}
+    for backend in plan.backends:
+        rows = finalists if backend == "eager" or plan.compiled is None else finalists[: plan.compiled]
+        for batch in plan.batches:
+            settings = {"backend": backend, "batch": batch, "threads": threads}
+            missing = [row for row in rows if not _is_there(ledger, writer.job_id, row, "latency", settings)]
+            if not missing:
+                continue
+            announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
+            items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
+            # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
+            measured = _with_heartbeat(
+                writer,
+                lambda: measured_elsewhere(
+                    space,
+                    items,
+                    threads=threads,
+                    settings=Settings(),
+                    timeout_s=_MEASURE_S,  # noqa: B023
+                ),
+            )
+            if measured is None or stop():
+                return False
+            timings, environment = measured
+            for row, timing in zip(missing, timings, strict=True):
+                content = _finite(asdict(timing)) | {"environment": environment}
+                ledger.store_benchmark(
+                    writer.job_id, row["evaluation"], "latency", settings, content, environment["device"]
+                )
+                shown = timing.error or f"{timing.median_ms:.3f} ms [{timing.low_ms:.3f}, {timing.high_ms:.3f}]"
+                announce(f"finalist {row['key'][:8]}: {shown}")
+    return True
+
+
+def _with_heartbeat(writer: JobWriter, work: Callable[[], Any]) -> Any:
+    """Do something long while the lease is prolonged."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while True:
+            try:
+                return future.result(timeout=_HEARTBEAT_S)
+            except TimeoutError:
+                if future.done():
+                    raise
+                writer.commit()
+
+
+def _final_task(job: ResolvedJob, row: Mapping[str, Any], epochs: int) -> Task:
+    return Task(
+        number=row["evaluation"],
+        genotype=row["genotype"],
+        key=row["key"],
+        fidelity=epochs,
+        repeat=row["repeat"],
+        seed=job.task_seed(row["key"], row["repeat"]),
+        final=True,
+    )
+
+
+def _is_there(ledger: Ledger, job_id: int, row: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> bool:
+    mine = [b for b in ledger.benchmarks(job_id) if b["number"] == row["evaluation"] and b["kind"] == kind]
+    return any(b["settings"] == settings and not b["content"].get("error") for b in mine)
+
+
+def _finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what could not be measured is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+
+
+def _words(content: Mapping[str, Any]) -> str:
+    if "error" in content:
+        return f"failed: {content['error']}"
+    shown = [f"{name} {content[name]:.2f}" for name in ("accuracy", "test_accuracy") if name in content]
+    return ", ".join(shown) or "done"
