@@ -107,7 +107,7 @@ def test_fbnet_c_is_timms() -> None:
 def test_equal_keys_are_equal_networks(mismatched_skip: str) -> None:
     space = FBNetTiny(mismatched_skip=mismatched_skip)  # type: ignore[arg-type]
     rng = np.random.default_rng(1)
-    population = space.sample(rng, 12)
+    population = space.sample(rng, 5)
     skips = rng.random(population.shape) < 0.4
     preserving = np.array([layer.preserves for layer in space._layers])
     population[skips & preserving] = BLOCKS.index("skip")
@@ -171,12 +171,12 @@ def test_config_builds_the_same_space_again() -> None:
 def test_blocks_of_a_network_compose_to_it() -> None:
     space = FBNetTiny()
     assert isinstance(space, BlockSpace)
-    population = space.sample(np.random.default_rng(5), 20)
+    population = space.sample(np.random.default_rng(5), 6)
     population[0] = BLOCKS.index("skip")
     catalogue = space.block_catalogue()
     assert len({spec.descriptor for spec in catalogue}) == len(catalogue)
     indices = space.block_indices(population)
-    assert indices.shape == (20, 14)
+    assert indices.shape == (6, 14)
     for row, given in zip(indices, space.to_json(population), strict=True):
         model = space.build(given)
         specs = [catalogue[i] for i in row if i != NO_BLOCK]
