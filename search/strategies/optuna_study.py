@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -116,7 +117,7 @@ def random_states(root: object) -> list[LazyRandomState]:
             waiting.extend(item)
         elif isinstance(item, dict):
             waiting.extend(item.values())
-        elif type(item).__module__.startswith("optuna.samplers"):
+        elif isinstance(item, BaseSampler) or type(item).__module__.startswith("optuna.samplers"):
             waiting.extend(vars(item).values() if hasattr(item, "__dict__") else [])
     return found
 
