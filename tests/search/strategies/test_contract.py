@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -87,10 +88,16 @@ def unbroken(name: str, given: Problem, asks: int) -> list[Row]:
     return Engine(made(name, given), given, bumpy(given.objectives), seeds=foreign(given)).run(asks)
 
 
+@functools.cache
+def log_of(name: str, objectives: int, halving: bool) -> list[Row]:
+    """One unbroken run for all tests that read it."""
+    return unbroken(name, problem(objectives, halving), asks_of(name))
+
+
 @pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
 def test_resumed_equals_unbroken(name: str, objectives: int, halving: bool) -> None:
     skip_heavy(name, objectives, halving)
-    check_resuming(name, problem(objectives, halving), asks_of(name))
+    check_resuming(name, problem(objectives, halving), log_of(name, objectives, halving))
 
 
 @pytest.mark.slow
@@ -98,30 +105,27 @@ def test_resumed_equals_unbroken(name: str, objectives: int, halving: bool) -> N
 @pytest.mark.parametrize("objectives", [1, 2])
 @pytest.mark.parametrize("name", sorted(HEAVY))
 def test_heavy_resumed_equals_unbroken(name: str, objectives: int, halving: bool) -> None:
-    check_resuming(name, problem(objectives, halving), 12)
+    given = problem(objectives, halving)
+    check_resuming(name, given, unbroken(name, given, 12))
 
 
-def check_resuming(name: str, given: Problem, asks: int) -> None:
-    log = unbroken(name, given, asks)
+def check_resuming(name: str, given: Problem, log: list[Row]) -> None:
     if not STRATEGIES.get(name, "strategy.name").replayable:
         pytest.skip(f"{name} says that it cannot be replayed")
-    # All cuts for what is quick; the rest is cut where the random beginning is over.
-    cuts = range(1, len(log)) if name in OURS else [3, 2 * len(log) // 3]
-    for cut in cuts:
+    # All cuts for what is quick, one more ask each; the rest is cut where the random beginning is over, and early.
+    cuts = {cut: cut + 2 for cut in range(1, len(log))} if name in OURS else {3: 5, 2 * len(log) // 3: len(log)}
+    for cut, end in cuts.items():
         resumed = Engine(made(name, given), given, bumpy(given.objectives), seeds=foreign(given))
         resumed.resume(log[:cut])
-        # Ours are cheap enough to run to the end; one more ask shows as much where every cut is tried.
-        again = resumed.run(min(cut + 2, len(log)) if name in OURS else len(log))
+        again = resumed.run(min(end, len(log)))
         for live, row in zip(log[: len(again)], again, strict=True):
             assert same(live.proposals, row.proposals), f"ask {row.ask.number} differs after a cut at {cut}"
 
 
 @pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
 def test_proposals_are_new_members_of_the_space(name: str, objectives: int, halving: bool) -> None:
-    if name in HEAVY:
-        pytest.skip("the resuming test checks it for this one")
-    given = problem(objectives, halving)
-    check_log(given, unbroken(name, given, asks_of(name)))
+    skip_heavy(name, objectives, halving)
+    check_log(problem(objectives, halving), log_of(name, objectives, halving))
 
 
 def check_log(given: Problem, log: list[Row]) -> None:
