@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a fresh clone and Python 3.11-3.13 are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: venv demo test test-all lint bench wheel-check
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The main job: FBNet-tiny on digits, on this machine, to a measured Pareto front and a report.
+demo: venv
+	mkdir -p $(DEMO)
+	$(BIN)/archfront run examples/digits.yaml --db $(DEMO)/archfront.db
+	$(BIN)/archfront front last --db $(DEMO)/archfront.db --plot $(DEMO)/front.png
+	$(BIN)/archfront report last --db $(DEMO)/archfront.db --to $(DEMO)/report.html
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: venv
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: venv
+	$(BIN)/pytest -q -m slow --durations=15
+
+bench: venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python benchmarks/throughput.py
+
+# The wheel, in a venv and a folder of its own: what a user gets who never sees the checkout.
+wheel-check: venv
+	$(BIN)/python -m build --wheel --outdir build/wheel . > build-wheel.log 2>&1 || (cat build-wheel.log; false)
+	rm -f build-wheel.log
+	PYTHON=$(PYTHON) bash tests/packaging/check_wheel.sh build/wheel
