@@ -12,7 +12,7 @@ from archfront.errors import InputError
 from archfront.evaluators import checkpoints
 from archfront.evaluators.datasets.dataset import DataSet, load
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
-from archfront.evaluators.training_loop import Run, TrunkState, threads
+from archfront.evaluators.training_loop import Run, TrunkState, torch_threads
 from archfront.evaluators.training_recipe import Augmentation, Optimizer, Recipe
 from archfront.spaces.space import Genotype, Space
 
@@ -95,7 +95,7 @@ class Training(Evaluator):
         results: list[Evaluated | Exception] = []
         for task in tasks:
             try:
-                with threads(context.threads):
+                with torch_threads(context.threads):
                     results.append(self._evaluate(task, context, data))
             except Exception as error:
                 results.append(error)
@@ -172,10 +172,9 @@ def train_finalist(
     space: Space,
     genotype: Genotype,
     data: DataSet | Mapping[str, Any],
-    *,
     epochs: int,
     seed: int,
-    threads_count: int = 1,
+    threads: int = 1,
     recipe: Recipe | None = None,
 ) -> FinalistResult:
     """Train one genotype on the training part for long, then look at validation and test accuracy.
@@ -185,8 +184,8 @@ def train_finalist(
         data: a data set, or a job file's ``data`` mapping.
         epochs: 1 or more.
         seed: of weights, order and augmentation.
-        threads_count: inside torch.
-        recipe: of the search by default settings.
+        threads: inside torch.
+        recipe: the search's (``Training.recipe``); None for the default settings.
 
     Raises:
         InputError: no data, unlike classes, or no epoch.
@@ -194,7 +193,7 @@ def train_finalist(
     if epochs < 1:
         raise InputError("finalists.epochs", epochs, "is not positive", "Give 1 or more.")
     loaded = data if isinstance(data, DataSet) else load_for(space, data)
-    with threads(threads_count):
+    with torch_threads(threads):
         run = Run(lambda: space.build(genotype), loaded, recipe or Recipe(), seed)
         run.train(epochs, epochs)
         return FinalistResult(run.accuracy("validation"), run.accuracy("test"), run.loss, epochs, run.weights())

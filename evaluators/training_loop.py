@@ -190,7 +190,7 @@ def _places(length: int, shift: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """So many threads inside torch, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

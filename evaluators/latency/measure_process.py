@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import psutil
 import torch
 
 from archfront.evaluators.latency.device import fingerprint
@@ -33,7 +34,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     threads = int(request["threads"])
     torch.set_num_threads(threads)
     space = SPACES.build(request["space"], "space")
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_before, clock_before = _load(), _clock_mhz()
     functions: list[Callable[[], object]] = []
     places: list[int] = []
     results: dict[int, Timing] = {}
@@ -51,12 +52,34 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
             "device": fingerprint(threads).to_json(),
             "threads": torch.get_num_threads(),
             "load_before": load_before,
-            "load_after": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "load_after": _load(),
+            "clock_mhz_before": clock_before,
+            "clock_mhz_after": _clock_mhz(),
             "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "python": sys.version.split()[0],
             "peak_memory_bytes": peak_memory(),
+            "notes": _notes(load_before, threads),
         },
     }
+
+
+def _load() -> float | None:
+    """Processes that wanted to run, averaged over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _clock_mhz() -> float | None:
+    """The processor's clock, which virtual machines often hide."""
+    # Absent on some systems, where psutil also lacks the function.
+    frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+    return float(frequency.current) if frequency else None
+
+
+def _notes(load: float | None, threads: int) -> list[str]:
+    processors = os.cpu_count() or 1
+    if load is not None and load + threads > processors + 0.5:
+        return [f"load average {load:.1f} on {processors} processors before measuring: other work disturbs the figures"]
+    return []
 
 
 def _call(space: Space, item: dict[str, Any]) -> Callable[[], object]:

@@ -178,6 +178,25 @@ def test_seeds_matter_and_threads_come_back() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_each_epoch_has_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    step = Run._step
+
+    def recorded(self: Run, images: torch.Tensor, labels: torch.Tensor, number: int, epochs: int) -> torch.Tensor:
+        seen.append(labels.tolist())
+        return step(self, images, labels, number, epochs)
+
+    monkeypatch.setattr(Run, "_step", recorded)
+    run = Run(lambda: SPACE.build(GENOTYPE), load(DATA, 16, 1), Recipe(), 0)
+    run.train(2, 2)
+    assert seen[: run.steps] != seen[run.steps :]
+    assert len(seen) == 2 * run.steps
+    first = list(seen)
+    seen.clear()
+    Run(lambda: SPACE.build(GENOTYPE), load(DATA, 16, 1), Recipe(), 0).train(2, 2)
+    assert seen == first
+
+
 def test_the_rate_warms_up_stays_and_falls() -> None:
     recipe = Recipe(warmup=1, decay=0.25)
     factors = [recipe.factor(step, 10, 8) for step in range(80)]

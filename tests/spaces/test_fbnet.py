@@ -141,8 +141,10 @@ def test_other_keys_are_other_networks() -> None:
     assert swapped[0] != swapped[1]
 
 
-def test_canonical_equals_a_plain_sort() -> None:
-    space = FBNet()
+@pytest.mark.parametrize(
+    "space", [FBNet(), FBNetTiny(macro=[[16, 2, 1], [24, 3, 2], [24, 1, 2]])], ids=["full", "pairs"]
+)
+def test_canonical_equals_a_plain_sort(space: FBNet) -> None:
     population = space.sample(np.random.default_rng(0), 300)
     population[np.random.default_rng(1).random(population.shape) < 0.3] = BLOCKS.index("skip")
     for row, canonical in zip(space.to_json(population), space.to_json(space.canonical(population)), strict=True):
