@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from archfront.evaluators.evaluator import EvaluationContext, Evaluated, Evaluator, Metric, MetricSpec, Task
+from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
 
 
 class NoOp(Evaluator):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,17 +147,11 @@ def _measure(
             announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
             items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
             # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
-            measured = _with_heartbeat(
-                writer,
-                lambda: measured_elsewhere(
-                    space,
-                    items,
-                    threads=threads,
-                    settings=Settings(),
-                    timeout_s=_MEASURE_S,  # noqa: B023
-                ),
+            measuring = partial(
+                measured_elsewhere, space, items, threads=threads, settings=Settings(), timeout_s=_MEASURE_S
             )
-            if measured is None or stop():
+            measured = _with_heartbeat(writer, measuring)
+            if stop():
                 return False
             timings, environment = measured
             for row, timing in zip(missing, timings, strict=True):

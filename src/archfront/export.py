@@ -65,7 +65,8 @@ def find_evaluation(job: Job, candidate: str) -> dict[str, Any]:
         return evaluation_rows(connection, job.id, numbers[:1])[0]
 
 
-def _space(job: Job) -> Space:
+def space_of(job: Job) -> Space:
+    """The space of a job, its plug-ins loaded."""
     from archfront.search.plugins import load_plugins, read_plugins
     from archfront.spaces.registry import SPACES
 
@@ -76,7 +77,7 @@ def _space(job: Job) -> Space:
 def _write_json(job: Job, row: dict[str, Any], to: Path) -> str:
     layers = [
         {"name": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
-        for layer in _space(job).describe(row["genotype"])
+        for layer in space_of(job).describe(row["genotype"])
     ]
     document = {key: row[key] for key in ("evaluation", "key", "genotype", "fidelity", "metrics", "std", "provenance")}
     to.write_text(json.dumps({"space": job.spec["space"], **document, "layers": layers}, indent=2), encoding="utf-8")
@@ -92,7 +93,7 @@ def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
     uris += [row["checkpoint"]] if row["checkpoint"] else []
     for uri in uris:
         try:
-            return read_model(_space(job), row["genotype"], uri), uri
+            return read_model(space_of(job), row["genotype"], uri), uri
         except UnreadableCheckpointError:
             continue
     raise InputError(
@@ -113,7 +114,7 @@ def _write_program(job: Job, row: dict[str, Any], to: Path) -> str:
     import torch
 
     model, _ = _trained_model(job, row)
-    space: Any = _space(job)
+    space: Any = space_of(job)
     example = torch.zeros(2, space.in_channels, space.resolution, space.resolution)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))

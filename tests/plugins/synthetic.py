@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from archfront.evaluators.evaluator import EvaluationContext, Evaluated, Evaluator, Metric, MetricSpec, Task
+from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
 
 
 class Synthetic(Evaluator):
