@@ -207,6 +207,36 @@ def test_seeds_join_the_generation_of_a_genetic_sampler() -> None:
     assert [t.system_attrs["NSGAIISampler:generation"] for t in strategy._study.trials] == [0, 0]
 
 
+@pytest.mark.parametrize("name", ["nsgaii", "nsgaiii"])
+def test_generations_go_on(name: str) -> None:
+    """What the sampler noted of its trials is in the study after ``asked``, not only in the memory."""
+    given = problem(2, 6, 6, 6)
+    strategy = built(f"optuna:{name}", given, population_size=4)
+    assert isinstance(strategy, OptunaStrategy)
+    Engine(strategy, given, bumpy(2), flawed=False).run(20)
+    key = OPTUNA_SAMPLERS[name] + ":generation"
+    assert max(trial.system_attrs.get(key, 0) for trial in strategy._study.trials) >= 3
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "nsgaii", "qmc", "grid", "bruteforce"])
+def test_each_ask_has_its_own_randomness(name: str) -> None:
+    """No repetition among a few proposals in a large space: equal random states would repeat the first ask."""
+    given = problem(1, 9, 9, 9, 9)
+    strategy = built(f"optuna:{name}", given)
+    for number in range(4):
+        ask = Ask(number=number, count=2, first=2 * number, seed=1)
+        proposals = strategy.ask(ask)
+        strategy.asked(ask, proposals)
+        assert [new for _, _, new in proposals.memory["trials"]] == [True, True]
+
+
+def test_asking_leaves_no_trial() -> None:
+    strategy = built("optuna:random", problem())
+    assert isinstance(strategy, OptunaStrategy)
+    strategy.ask(Ask(number=0, count=3, first=0, seed=1))
+    assert not strategy._study.trials
+
+
 def test_cmaes_keeps_no_pickle() -> None:
     given = problem(1, 6, 6, 6, ordered=True)
     engine = Engine(built("optuna:cmaes", given, popsize=4), given, bumpy(1), flawed=False)
@@ -219,7 +249,7 @@ def test_cmaes_keeps_no_pickle() -> None:
     ]
     assert states
     assert json.loads(states[-1])["class"] == "CMA"
-    assert json.loads(states[-1])["state"]["_g"] >= 1
+    assert json.loads(states[-1])["state"]["_g"] >= 3
 
 
 @pytest.mark.parametrize("settings", [{"with_margin": True}, {"use_separable_cma": True}, {"lr_adapt": True}])

@@ -85,6 +85,23 @@ def test_halving_promotes_the_best_third_once() -> None:
     assert np.array_equal(third.population[:1], first.population[[4]])
 
 
+def test_the_highest_rung_is_promoted_first() -> None:
+    strategy, _ = halved()
+    first = ask_and_store(strategy, 0, 12, 0)
+    strategy.tell(results(0, 1, [float(i) for i in range(12)]))
+    upper = Proposals(population=first.population[:3], fidelities=np.full(3, 3))
+    strategy.asked(Ask(number=1, count=3, first=12, seed=1), upper)
+    strategy.tell(results(12, 3, [3, 2, 1]))
+    third = ask_and_store(strategy, 2, 3, 15)
+    assert third.fidelities.tolist() == [9, 3, 1]
+    assert np.array_equal(third.population[:2], first.population[[2, 3]])
+
+
+def test_the_less_crowded_comes_first() -> None:
+    objectives = np.array([[0.0, 9], [4, 4], [4.5, 3.5], [5, 3], [9, 0]])
+    assert set(ranking(objectives, np.zeros(5), np.zeros(5, dtype=np.int64)).tolist()[:2]) == {0, 4}
+
+
 def test_failed_candidates_are_not_promoted_and_infeasible_ones_come_last() -> None:
     strategy, _ = halved()
     first = ask_and_store(strategy, 0, 6, 0)
