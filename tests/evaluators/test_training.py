@@ -83,7 +83,6 @@ def test_without_a_good_checkpoint_it_starts_again(tmp_path: Path) -> None:
     assert uri is not None
     path = Path(uri)
     content = path.read_bytes()
-    state = tensors(uri)
     good, metadata = checkpoints.read(uri, {})
     lacking = {name: t for name, t in good.items() if not name.startswith("optimizer/")}
     other_shape = {name: torch.zeros(3) if name.startswith("optimizer/0") else t for name, t in good.items()}
@@ -96,7 +95,9 @@ def test_without_a_good_checkpoint_it_starts_again(tmp_path: Path) -> None:
         for file in tmp_path.glob("*-f4-*"):
             file.unlink()
     # One of another seed under the same name is not taken either.
-    checkpoints.write(uri, state, {**metadata, "seed": "8"})
+    stranger = evaluated(training, 2, context(tmp_path / "stranger"), seed=8).checkpoint
+    assert stranger is not None
+    path.write_bytes(Path(stranger).read_bytes())
     assert evaluated(training, 4, context(tmp_path)).metrics == whole
     assert not list(tmp_path.glob("*.part"))
 
@@ -161,12 +162,29 @@ def test_the_search_never_touches_the_test_part(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(DataSet, "part", lambda self, name: parts.append(name) or part(self, name))
     evaluated(Training(fidelities=[1]), 1, context())
     assert set(parts) == {"train", "validation"}
+    parts.clear()
     result = train_finalist(SPACE, GENOTYPE, DATA, epochs=1, seed=7)
     assert "test" in parts
     # The same recipe and seed, so the same network as the search's.
     assert result.validation_accuracy == evaluated(Training(fidelities=[1]), 1, context()).metrics["accuracy"].value
     assert 0 <= result.test_accuracy <= 100
     SPACE.build(GENOTYPE).load_state_dict(result.state_dict)
+
+
+def test_final_tasks_continue_and_keep_the_finished_model(tmp_path: Path) -> None:
+    training = Training(fidelities=[2])
+    evaluated(training, 2, context(tmp_path))
+    final = dataclasses.replace(task(4), final=True)
+    [result] = training.evaluate([final], context(tmp_path))
+    assert isinstance(result, Evaluated)
+    expected = train_finalist(SPACE, GENOTYPE, DATA, epochs=4, seed=7)
+    assert result.metrics["accuracy"].value == expected.validation_accuracy
+    assert result.metrics["test_accuracy"].value == expected.test_accuracy
+    assert result.checkpoint is not None
+    assert "-final4-" in result.checkpoint
+    kept = checkpoints.read_model(SPACE, GENOTYPE, result.checkpoint).state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in expected.state_dict.items())
+    assert not any(name.startswith("optimizer/") for name in tensors(result.checkpoint))
 
 
 def test_seeds_matter_and_threads_come_back() -> None:
