@@ -16,7 +16,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,7 @@ class Engine:
         self._under_way: dict[int, list[int]] = {}
         self._batches = 0
         self._blocked = False
+        self._changed = False
         self._seedings = list(seedings)
         self._new_asks: list[AskRecord] = []
         self._new_finished: list[FinishedRecord] = []
@@ -137,6 +138,9 @@ class Engine:
                     "why. The rest of the budget is not spent."
                 )
             self._dispatch()
+            if self._changed:
+                self._observe(self._progress())
+                self._changed = False
             if not self._under_way:
                 return self._ending()
             if self._stop():
@@ -164,7 +168,8 @@ class Engine:
         keys = [key.hex() for key in self._job.space.keys(proposals.population)]
         genotypes = self._job.space.to_json(proposals.population)
         fidelities = proposals.fidelities.tolist()
-        self._strategy.asked(ask, proposals)
+        # As a replay will see it: what the ledger keeps of an ask is how many proposals came of it.
+        self._strategy.asked(replace(ask, count=len(keys)), proposals)
         self._new_asks.append(
             AskRecord(
                 number=ask.number,
@@ -312,8 +317,7 @@ class Engine:
         cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts)
         self._new_asks, self._new_finished, self._new_attempts = [], [], []
         self._last_commit = time.monotonic()
-        if new:
-            self._observe(self._progress())
+        self._changed |= new
         return cancel
 
     # Endings.

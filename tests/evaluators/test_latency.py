@@ -105,10 +105,12 @@ def test_a_slow_start_is_left_out() -> None:
     def call() -> None:
         nonlocal calls
         calls += 1
-        time.sleep(0.01 if calls < 4 else 0.001)
+        time.sleep(1e-3 * [20, 15, 11, 8, 6, 4, 1][min(calls, 7) - 1])
 
     [timing] = measure([call], Settings(rounds=5, sample_ms=1, warmup_ms=1, warmup_limit_ms=200))
-    assert max(timing.samples_ms) < 6
+    assert np.median(timing.samples_ms) < 3
+    assert timing.samples_ms[0] < 3.5
+    assert timing.notes == [] or "outlier" in timing.notes[0]
 
 
 def test_a_fresh_process_measures_networks_and_blocks() -> None:
@@ -211,7 +213,7 @@ def test_the_evaluator_predicts_from_its_artifact() -> None:
         latency.evaluate(tasks([["skip"] * 3]), EvaluationContext(space=SPACE))
 
 
-def test_prepare_keys_tell_what_they_must() -> None:
+def test_prepare_keys_tell_what_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
     context = EvaluationContext(space=SPACE)
     other = EvaluationContext(space=FBNetTiny())
     keys = [
@@ -225,11 +227,12 @@ def test_prepare_keys_tell_what_they_must() -> None:
     assert Latency().prepare_key(context) == keys[0]
     assert Latency(mode="measure").prepare_key(context) is None
     assert Latency(mode="measure").prepare(context) == {}
-    one, another = fingerprint(1), dataclasses.replace(fingerprint(1), model="another processor")
-    assert one.digest != another.digest
+    another = dataclasses.replace(fingerprint(1), model="another processor")
+    monkeypatch.setattr(module, "fingerprint", lambda threads: another)
+    assert Latency().prepare_key(context) not in keys
 
 
-def test_a_small_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_table_is_measured() -> None:
     table = make_table(SPACE, networks=4, processes=1, settings=QUICK)
     assert set(table.blocks) == {spec.descriptor for spec in SPACE.block_catalogue()}
     assert all(ms > 0 for ms in table.blocks.values())

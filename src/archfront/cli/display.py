@@ -56,6 +56,8 @@ class RunDisplay:
 
     def observe(self, progress: Progress) -> None:
         self._latest = progress
+        if not progress.finished:
+            return
         if self._live is not None:
             self._live.update(self._table(progress))
         elif time.monotonic() - self._last_line >= _LINE_S or progress.finished == progress.budget:
@@ -78,7 +80,8 @@ class RunDisplay:
         facts = [("evaluations", f"{progress.finished}/{progress.budget}")]
         if progress.failed:
             facts.append(("failed", str(progress.failed)))
-        facts += [("running", str(progress.running)), ("per second", f"{progress.per_second:.3g}")]
+        rate = progress.per_second
+        facts += [("running", str(progress.running)), ("per second", f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}")]
         if progress.fidelity is not None:
             for (name, direction), best in zip(self._objectives, progress.best, strict=True):
                 facts.append((f"best {name}", number(-best if direction == "max" else best)))

@@ -73,7 +73,7 @@ def test_listing_names_imports_no_optuna() -> None:
         ("optuna:tpe", {"n_startup_trails": 3}, r"strategy\.n_startup_trails.*Did you mean 'n_startup_trials'"),
         ("optuna:tpe", {"n_startup_trials": -1}, r"strategy\.n_startup_trials.*greater than or equal to 0"),
         ("optuna:tpe", {"seed": 3}, r"strategy\.seed.*unknown key"),
-        ("optuna:tpe", {"gamma": 3}, r"strategy\.gamma.*unknown key"),
+        ("optuna:tpe", {"prior_weight": 2.0}, r"strategy\.prior_weight.*unknown key"),
         ("optuna:nsgaii", {"population_size": 1}, r"strategy\.population_size.*refused by Optuna"),
         ("optuna:nsgaii", {"population_size": "many"}, r"strategy\.population_size"),
         ("optuna:nsgaii", {"crossover": "twisted"}, r"strategy\.crossover.*'uniform'"),
