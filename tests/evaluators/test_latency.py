@@ -109,7 +109,7 @@ def test_a_slow_start_is_left_out() -> None:
 
     [timing] = measure([call], Settings(rounds=5, sample_ms=1, warmup_ms=1, warmup_limit_ms=200))
     assert np.median(timing.samples_ms) < 3
-    assert timing.samples_ms[0] < 3.5
+    assert timing.samples_ms[0] < 5
     assert timing.notes == [] or "outlier" in timing.notes[0]
 
 
@@ -228,7 +228,7 @@ def test_prepare_keys_tell_what_they_must(monkeypatch: pytest.MonkeyPatch) -> No
     assert Latency(mode="measure").prepare_key(context) is None
     assert Latency(mode="measure").prepare(context) == {}
     another = dataclasses.replace(fingerprint(1), model="another processor")
-    monkeypatch.setattr(module, "fingerprint", lambda threads: another)
+    monkeypatch.setattr(module, "fingerprint", lambda _threads: another)
     assert Latency().prepare_key(context) not in keys
 
 
