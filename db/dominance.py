@@ -15,7 +15,7 @@ def nondominated(points: Points) -> npt.NDArray[np.bool_]:
         return np.zeros(0, dtype=bool)
     if points.shape[1] == 1:
         return np.asarray(points[:, 0] == points[:, 0].min())
-    return np.asarray(moocore.is_nondominated(points, keep_weakly=True), dtype=bool)
+    return np.asarray(moocore.is_nondominated(_finite(points), keep_weakly=True), dtype=bool)
 
 
 def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
@@ -24,7 +24,15 @@ def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
         return np.zeros(0, dtype=np.int64)
     if points.shape[1] == 1:
         return np.unique(points[:, 0], return_inverse=True)[1].astype(np.int64)
-    return np.asarray(moocore.pareto_rank(points), dtype=np.int64)
+    return np.asarray(moocore.pareto_rank(_finite(points)), dtype=np.int64)
+
+
+def _finite(points: Points) -> Points:
+    """The same order without infinities, which moocore 0.3 gets wrong: each column becomes its dense ranks."""
+    if np.isfinite(points).all():
+        return points
+    ranks = [np.unique(column, return_inverse=True)[1] for column in points.T]
+    return np.stack(ranks, axis=1).astype(np.float64)
 
 
 def crowding_distance(points: Points) -> npt.NDArray[np.float64]:

@@ -55,7 +55,6 @@ def test_ranks_are_fronts_peeled_off(points: Points) -> None:
     assert nondominated_ranks(points).tolist() == peeled(points)
 
 
-@pytest.mark.skip(reason="moocore 0.3.2 is wrong with +inf and crashes with -inf; db/dominance.py must keep them away")
 @given(WITH_INFINITIES)
 @settings(max_examples=150, deadline=None)
 def test_infinities_are_ordered_like_numbers(points: Points) -> None:

@@ -35,42 +35,42 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a sampler refuses: CMA-ES has one objective.
+REFUSED = {("optuna:cmaes", 2)}
+
+
 def problem(objectives: int, halving: bool = False, sizes: tuple[int, ...] = (4, 3, 3, 5)) -> Problem:
     fidelities = (1, 3, 9) if halving else (0,)
     return Problem(space=FoldedSpace(columns(*sizes)), objectives=objectives, fidelities=fidelities, seed=11)
 
 
 def made(name: str, given: Problem) -> Strategy:
-    """The strategy, or a skip that says why it does not serve the problem."""
-    cls = STRATEGIES.get(name, "strategy.name")
-    try:
-        cls.check(given)
-    except InputError as error:
-        refusal = error
-    else:
-        return with_halving(
-            STRATEGIES.build({"name": name, **SETTINGS.get(name, {})}, "strategy", _problem=given), given
-        )
-    # A sampler that refuses what it could serve would slip through otherwise.
-    assert name == "optuna:cmaes" or "which is not installed" in str(refusal)
-    pytest.skip(str(refusal))
+    STRATEGIES.get(name, "strategy.name").check(given)
+    strategy = STRATEGIES.build({"name": name, **SETTINGS.get(name, {})}, "strategy", _problem=given)
+    return with_halving(strategy, given)
 
 
-CASES = [
-    pytest.param(name, objectives, halving, id=f"{name}-{objectives}-{'halving' if halving else 'plain'}")
+SERVED = [
+    (name, objectives, halving)
     for name in STRATEGIES
     for objectives in (1, 2)
     for halving in (False, True)
+    if (name, objectives) not in REFUSED
 ]
+IDS = {case: f"{case[0]}-{case[1]}-{'halving' if case[2] else 'plain'}" for case in SERVED}
+# A Gaussian process takes seconds: one case of it in the quick suite, all in the slow one.
+LIGHT = [pytest.param(*case, id=IDS[case]) for case in SERVED if case[0] not in HEAVY]
+CASES = [*LIGHT, *(pytest.param(name, 1, True, id=f"{name}-1-halving") for name in sorted(HEAVY))]
+
+
+@pytest.mark.parametrize(("name", "objectives"), sorted(REFUSED))
+def test_what_a_sampler_cannot_serve_is_refused(name: str, objectives: int) -> None:
+    with pytest.raises(InputError):
+        STRATEGIES.get(name, "strategy.name").check(problem(objectives))
 
 
 def asks_of(name: str) -> int:
     return 7 if name in HEAVY else 24
-
-
-def skip_heavy(name: str, objectives: int, halving: bool) -> None:
-    if name in HEAVY and (objectives, halving) != (1, True):
-        pytest.skip("a Gaussian process takes seconds: the slow test does this case")
 
 
 def foreign(given: Problem) -> dict[int, Proposals]:
@@ -96,7 +96,6 @@ def log_of(name: str, objectives: int, halving: bool) -> list[Row]:
 
 @pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
 def test_resumed_equals_unbroken(name: str, objectives: int, halving: bool) -> None:
-    skip_heavy(name, objectives, halving)
     check_resuming(name, problem(objectives, halving), log_of(name, objectives, halving))
 
 
@@ -110,8 +109,7 @@ def test_heavy_resumed_equals_unbroken(name: str, objectives: int, halving: bool
 
 
 def check_resuming(name: str, given: Problem, log: list[Row]) -> None:
-    if not STRATEGIES.get(name, "strategy.name").replayable:
-        pytest.skip(f"{name} says that it cannot be replayed")
+    assert STRATEGIES.get(name, "strategy.name").replayable
     # All cuts for what is quick, one more ask each; the rest is cut where the random beginning is over, and early.
     cuts = {cut: cut + 2 for cut in range(1, len(log))} if name in OURS else {3: 5, 2 * len(log) // 3: len(log)}
     for cut, end in cuts.items():
@@ -124,7 +122,6 @@ def check_resuming(name: str, given: Problem, log: list[Row]) -> None:
 
 @pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
 def test_proposals_are_new_members_of_the_space(name: str, objectives: int, halving: bool) -> None:
-    skip_heavy(name, objectives, halving)
     check_log(problem(objectives, halving), log_of(name, objectives, halving))
 
 
@@ -144,10 +141,8 @@ def check_log(given: Problem, log: list[Row]) -> None:
         asked.update(new)
 
 
-@pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
+@pytest.mark.parametrize(("name", "objectives", "halving"), LIGHT)
 def test_asking_changes_nothing(name: str, objectives: int, halving: bool) -> None:
-    if name in HEAVY:
-        pytest.skip("slow; its study is taken back like that of the other samplers")
     given = problem(objectives, halving)
     engine = Engine(made(name, given), given, bumpy(objectives))
     engine.run(10)
@@ -157,10 +152,8 @@ def test_asking_changes_nothing(name: str, objectives: int, halving: bool) -> No
     assert same(first, second)
 
 
-@pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
+@pytest.mark.parametrize(("name", "objectives", "halving"), LIGHT)
 def test_a_small_space_is_exhausted(name: str, objectives: int, halving: bool) -> None:
-    if name in HEAVY:
-        pytest.skip("a Gaussian process takes seconds: random fall-back and end are those of all samplers")
     fidelities = (1, 3) if halving else (0,)
     given = Problem(space=ToySpace(columns(2, 3, 2)), objectives=objectives, fidelities=fidelities, seed=2)
     engine = Engine(made(name, given), given, bumpy(objectives), flawed=False)
@@ -172,10 +165,8 @@ def test_a_small_space_is_exhausted(name: str, objectives: int, halving: bool) -
     assert not len(engine.strategy.ask(Ask(number=999, count=4, first=999, seed=2)))
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - HEAVY))
 def test_another_seed_gives_other_proposals(name: str) -> None:
-    if name in HEAVY:
-        pytest.skip("slow; it begins like optuna:random")
     answers = []
     for seed in (1, 2):
         given = Problem(space=ToySpace(columns(9, 9, 9, 9)), objectives=1, seed=seed)
