@@ -27,7 +27,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: venv
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: venv
 	$(BIN)/pytest -q -m slow --durations=15

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from archfront.db.columns import load_columns
 from archfront.db.connection import ledger_errors, now, open_engine, write
+from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, History, StoredEvaluation
 from archfront.db.schema import (
     Artifact,
@@ -27,7 +28,7 @@ from archfront.db.schema import (
     Lease,
     Run,
 )
-from archfront.db.writer import LEASE_S, JobWriter
+from archfront.db.writer import JobWriter
 from archfront.errors import InputError, JobBusyError
 
 

@@ -16,12 +16,10 @@ from sqlalchemy.exc import OperationalError
 from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_rows, to_matrix
 from archfront.db.connection import now, write
 from archfront.db.front import FrontChange, IncrementalFront
+from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
 from archfront.db.schema import ColumnChunk, Evaluation, FrontMember, Job
 from archfront.errors import LeaseLostError, LedgerError
-
-LEASE_S = 30.0
-"""A driver that has written nothing for so long may be taken over."""
 
 _RETRY_S = (0.1, 0.5, 2.0, 5.0)
 

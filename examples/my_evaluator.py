@@ -6,6 +6,8 @@ from archfront.evaluators.evaluator import Evaluated, Evaluator, Metric, MetricS
 
 
 class Shape(Evaluator):
+    """Depth and multiplications of a network's linear layers."""
+
     name = "shape"
     batch_size = 100  # candidates a call
 

@@ -1,5 +1,7 @@
 """A space of your own: multilayer perceptrons, some layers deep, each of some width."""
 
+from itertools import pairwise
+
 from torch import nn
 
 from archfront.spaces.product import Column, ProductSpace
@@ -7,9 +9,11 @@ from archfront.spaces.space import Layer
 
 
 class Perceptrons(ProductSpace):
+    """Multilayer perceptrons of up to `depth` hidden layers."""
+
     name = "perceptrons"
 
-    def __init__(self, *, inputs: int = 64, classes: int = 10, widths: list[int] = [16, 32, 64], depth: int = 4) -> None:  # noqa: B006
+    def __init__(self, *, widths: list[int], depth: int = 4, inputs: int = 64, classes: int = 10) -> None:
         super().__init__([Column(f"layer{i}", ("skip", *widths)) for i in range(depth)])
         self.inputs, self.classes = inputs, classes
 
@@ -19,7 +23,7 @@ class Perceptrons(ProductSpace):
 
     def build(self, genotype):
         sizes = [self.inputs, *(w for w in genotype if w != "skip")]
-        hidden = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], self.classes))
 
     def describe(self, genotype):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archfront.db.dominance import crowding_distance, nondominated_ranks
+from archfront.db.lease import kept_lease
 from archfront.db.ledger import Ledger
 from archfront.db.queries import evaluation_rows, job_objectives
 from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError
@@ -105,7 +106,8 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     _agree(ledger, job_id, code, options)
     run_id = ledger.begin_run(job_id, code)
     try:
-        reason = _run(ledger, job_id, run_id, job, options)
+        with kept_lease(ledger.engine, job_id, run_id):
+            reason = _run(ledger, job_id, run_id, job, options)
     except JobFailedError as error:
         ledger.end_run(job_id, run_id, "failed", str(error), "failed")
         raise
@@ -166,7 +168,7 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
         reason = engine.run()
         ended = _OUTCOMES[reason][0] == "done"
         if ended and job.spec.finalists.count:
-            ended = run_finalists(ledger, writer, job, executor, announce=options.announce, stop=options.stop)
+            ended = run_finalists(ledger, job_id, job, executor, announce=options.announce, stop=options.stop)
             return reason if ended else "stopped"
         return reason
     finally:

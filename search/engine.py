@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, History, MetricValue
-from archfront.db.writer import LEASE_S, JobWriter
+from archfront.db.writer import JobWriter
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
 from archfront.search.executors.executor import BatchResult, Executor
@@ -30,7 +30,9 @@ from archfront.search.resolve import NonFiniteError, ResolvedJob
 from archfront.search.strategy import Ask, Proposals, Results, Strategy
 from archfront.search.worker import Failure, Outcome
 
-_HEARTBEAT_S = LEASE_S / 6
+_LOOK_S = 2.0
+"""How often an engine with nothing to commit looks whether somebody cancelled its job."""
+
 _HOPELESS = 20
 """A job whose first so many evaluations all fail ends as failed instead of spending its budget."""
 
@@ -310,9 +312,9 @@ class Engine:
         self._plan()
 
     def _commit(self) -> bool:
-        """Write what is new, or just a heartbeat if it is time; whether the job is to be cancelled."""
+        """Write what is new; whether the job is to be cancelled."""
         new = bool(self._new_asks or self._new_finished or self._new_attempts)
-        if not new and time.monotonic() - self._last_commit < _HEARTBEAT_S:
+        if not new and time.monotonic() - self._last_commit < _LOOK_S:
             return False
         cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts)
         self._new_asks, self._new_finished, self._new_attempts = [], [], []

@@ -7,11 +7,8 @@ last one.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,12 @@ import numpy as np
 from archfront.db.expressions import Condition
 from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, front, job_objectives
-from archfront.db.writer import JobWriter
 from archfront.evaluators.evaluator import Task
 from archfront.evaluators.latency.evaluator import Latency
-from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
+from archfront.evaluators.latency.measurement import measured_elsewhere
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.resolve import ResolvedJob
 
-_HEARTBEAT_S = 5.0
 _MEASURE_S = 900.0
 
 
@@ -49,7 +44,7 @@ def choose(rows: list[dict[str, Any]], objectives: list[tuple[str, str]], count:
 
 def run_finalists(
     ledger: Ledger,
-    writer: JobWriter,
+    job_id: int,
     job: ResolvedJob,
     executor: Executor,
     *,
@@ -57,15 +52,15 @@ def run_finalists(
     stop: Callable[[], bool],
 ) -> bool:
     """Train and measure what is not trained and measured yet. Returns whether it came to its end."""
-    finalists = _chosen(ledger, writer.job_id, job)
+    finalists = _chosen(ledger, job_id, job)
     if not finalists:
         announce("no front member holds the conditions for finalists")
         return True
-    if job.spec.finalists.epochs is not None and not _train(ledger, writer, job, executor, finalists, announce, stop):
+    if job.spec.finalists.epochs is not None and not _train(ledger, job_id, job, executor, finalists, announce, stop):
         return False
     # Nothing else of ours may run on the device while it is measured.
     executor.close()
-    return _measure(ledger, writer, job, finalists, announce, stop)
+    return _measure(ledger, job_id, job, finalists, announce, stop)
 
 
 def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
@@ -82,7 +77,7 @@ def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any
 
 def _train(
     ledger: Ledger,
-    writer: JobWriter,
+    job_id: int,
     job: ResolvedJob,
     executor: Executor,
     finalists: list[dict[str, Any]],
@@ -91,11 +86,10 @@ def _train(
 ) -> bool:
     epochs = int(job.spec.finalists.epochs or 0)
     settings = {"epochs": epochs}
-    waiting = [row for row in finalists if not _is_there(ledger, writer.job_id, row, "training", settings)]
+    waiting = [row for row in finalists if not _is_there(ledger, job_id, row, "training", settings)]
     under_way: dict[int, dict[str, Any]] = {}
     top = max(job.fidelities)
     limit_s = job.spec.workers.timeout_s * max(1.0, epochs / max(top, 1))
-    beat = time.monotonic()
     if waiting:
         announce(f"training {len(waiting)} finalists for {epochs} epochs")
     while waiting or under_way:
@@ -108,11 +102,8 @@ def _train(
         for result in executor.wait(0.25):
             row = under_way.pop(result.batch)
             content = _trained(result)
-            ledger.store_benchmark(writer.job_id, row["evaluation"], "training", settings, content, None)
+            ledger.store_benchmark(job_id, row["evaluation"], "training", settings, content, None)
             announce(f"finalist {row['key'][:8]} trained: {_words(content)}")
-        if time.monotonic() - beat > _HEARTBEAT_S:
-            writer.commit()
-            beat = time.monotonic()
     return True
 
 
@@ -128,7 +119,7 @@ def _trained(result: BatchResult) -> dict[str, Any]:
 
 def _measure(
     ledger: Ledger,
-    writer: JobWriter,
+    job_id: int,
     job: ResolvedJob,
     finalists: list[dict[str, Any]],
     announce: Callable[[str], None],
@@ -141,40 +132,21 @@ def _measure(
         rows = finalists if backend == "eager" or plan.compiled is None else finalists[: plan.compiled]
         for batch in plan.batches:
             settings = {"backend": backend, "batch": batch, "threads": threads}
-            missing = [row for row in rows if not _is_there(ledger, writer.job_id, row, "latency", settings)]
+            missing = [row for row in rows if not _is_there(ledger, job_id, row, "latency", settings)]
             if not missing:
                 continue
+            if stop():
+                return False
             announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
             items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
             # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
-            measuring = partial(
-                measured_elsewhere, space, items, threads=threads, settings=Settings(), timeout_s=_MEASURE_S
-            )
-            measured = _with_heartbeat(writer, measuring)
-            if stop():
-                return False
-            timings, environment = measured
+            timings, environment = measured_elsewhere(space, items, threads=threads, timeout_s=_MEASURE_S)
             for row, timing in zip(missing, timings, strict=True):
                 content = _finite(asdict(timing)) | {"environment": environment}
-                ledger.store_benchmark(
-                    writer.job_id, row["evaluation"], "latency", settings, content, environment["device"]
-                )
+                ledger.store_benchmark(job_id, row["evaluation"], "latency", settings, content, environment["device"])
                 shown = timing.error or f"{timing.median_ms:.3f} ms [{timing.low_ms:.3f}, {timing.high_ms:.3f}]"
                 announce(f"finalist {row['key'][:8]}: {shown}")
     return True
-
-
-def _with_heartbeat(writer: JobWriter, work: Callable[[], Any]) -> Any:
-    """Do something long while the lease is prolonged."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        while True:
-            try:
-                return future.result(timeout=_HEARTBEAT_S)
-            except TimeoutError:
-                if future.done():
-                    raise
-                writer.commit()
 
 
 def _final_task(job: ResolvedJob, row: Mapping[str, Any], epochs: int) -> Task:

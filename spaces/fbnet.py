@@ -112,6 +112,17 @@ class FBNet(ProductSpace):
             "mismatched_skip": self.mismatched_skip,
         }
 
+    def sample_spread(self, rng: np.random.Generator, count: int) -> Population:
+        """Besides its preferences each genotype has a depth of its own, uniform from none to all layers: depth moves a
+        network's latency more than any choice of block does, and uniform choices give hardly a shallow one."""
+        population = super().sample_spread(rng, count)
+        if self._skip is None:
+            return population
+        dropped = rng.random(population.shape) > rng.random((count, 1))
+        can_skip = np.array([SKIP in column.choices for column in self.columns])
+        population[dropped & can_skip] = self._skip
+        return population
+
     def canonical(self, population: Population) -> Population:
         """Skips moved to the end of their run.
 

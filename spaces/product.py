@@ -56,6 +56,18 @@ class ProductSpace(Space):
         uniform = rng.random((count, len(self.columns)), dtype=np.float32)
         return (uniform * self.cardinalities.astype(np.float32)).astype(np.int16)
 
+    def sample_spread(self, rng: np.random.Generator, count: int) -> Population:
+        """Each genotype has preferences of its own among the choices that several columns share, drawn from a
+        Dirichlet distribution with the concentration 1/2 (Jeffreys): so light, heavy and even networks all occur."""
+        population = np.empty((count, len(self.columns)), dtype=np.int16)
+        for choices in dict.fromkeys(column.choices for column in self.columns):
+            members = [i for i, column in enumerate(self.columns) if column.choices == choices]
+            preferences = rng.dirichlet(np.full(len(choices), 0.5), size=count)
+            uniform = rng.random((count, len(members), 1))
+            drawn = (uniform > preferences.cumsum(axis=1)[:, np.newaxis]).sum(axis=2)
+            population[:, members] = np.minimum(drawn, len(choices) - 1)
+        return population
+
     def mutate(self, rng: np.random.Generator, parents: Population, rate: float | None = None) -> Population:
         children: Population = np.array(parents, dtype=np.int16)
         count = len(children)

@@ -66,6 +66,14 @@ class Space(ABC):
     def sample(self, rng: np.random.Generator, count: int) -> Population:
         """``count`` genotypes drawn from the space's own distribution (uniform where there is a choice)."""
 
+    def sample_spread(self, rng: np.random.Generator, count: int) -> Population:
+        """``count`` genotypes that differ more from each other than ``sample``'s, to begin a search for a front with.
+
+        Where many like decisions are drawn independently, their sums (and so sizes and latencies) all come out near
+        the middle. ``sample`` unless a space knows better.
+        """
+        return self.sample(rng, count)
+
     @abstractmethod
     def mutate(self, rng: np.random.Generator, parents: Population, rate: float | None = None) -> Population:
         """One mutant per parent; at least one decision differs wherever one can.

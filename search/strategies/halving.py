@@ -58,7 +58,9 @@ class _Rung:
     def promotable(self, eta: float, count: int) -> list[int]:
         """At most ``count`` indices of the best 1/eta that have not gone on, the best first."""
         quota = int(self._counted / eta)
-        if not quota or not count:
+        # Who is among the best changes while the rung grows: without this bound far more than 1/eta would go on.
+        count = min(count, quota - len(self.promoted))
+        if count <= 0:
             return []
         if self._order is None:
             counted = slice(self._counted)
@@ -82,7 +84,8 @@ class Halving(Strategy):
     """Promotes what did well at a low fidelity, and lets another strategy propose at the lowest one.
 
     Each ask first promotes, from the highest rung down: of the ``n`` finished candidates of a fidelity the best
-    ``floor(n / eta)`` may go on to the next one, each once. The best are found by constraint domination,
+    ``floor(n / eta)`` may go on to the next one, each once, and never more than so many in all (the paper's rule has
+    no such bound, and promotes half of a short job's candidates at eta 3). The best are found by constraint domination,
     non-dominated rank and crowding (``selection``); infeasible ones can be among them, because a bound on a metric
     that grows with training would otherwise stop every candidate; failed ones count in ``n`` and never go on. What is
     left of the ask goes to the wrapped strategy, which is told every result at every fidelity.

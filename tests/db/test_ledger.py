@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ledger_rows import SIGNS, SPEC, ask, done, failed
 
 from archfront.db import columns
 from archfront.db.connection import write
+from archfront.db.lease import kept_lease
 from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, counts, front
 from archfront.db.records import AttemptRecord
@@ -212,3 +214,22 @@ def test_jobs_are_found_by_id_name_and_last(ledger: Ledger) -> None:
     assert [ledger.find_job(r) for r in (str(first), "one", "last")] == [first, second, second]
     with pytest.raises(InputError, match="archfront jobs"):
         ledger.find_job("none")
+
+
+def test_a_busy_driver_keeps_its_lease(ledger: Ledger, job: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archfront.db.lease._BEAT_S", 0.02)
+    run_id = ledger.begin_run(job, {})
+    with write(ledger.engine) as connection:
+        connection.exec_driver_sql("UPDATE leases SET expires_at = 1")
+    assert ledger.holder(job) is None
+    with kept_lease(ledger.engine, job, run_id):
+        deadline = time.monotonic() + 10
+        while ledger.holder(job) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert ledger.holder(job) is not None
+        # Another run that took over is left alone.
+        with write(ledger.engine) as connection:
+            connection.exec_driver_sql("UPDATE leases SET expires_at = 1")
+        other = ledger.begin_run(job, {})
+        time.sleep(0.1)
+        assert ledger.holder(job)["id"] == other  # type: ignore[index]

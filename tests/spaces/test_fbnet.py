@@ -251,3 +251,14 @@ def test_a_million_genotypes_are_quick() -> None:
     keys = space.keys(space.sample(np.random.default_rng(0), 200_000))
     assert process_time() - start < 1
     assert len(set(keys)) == 200_000
+
+
+def test_spread_samples_have_every_depth() -> None:
+    space = FBNetTiny()
+    rng = np.random.default_rng(0)
+    skip = space.blocks.index("skip")
+    depths = (space.sample_spread(rng, 4000) != skip).sum(axis=1)
+    shares = np.bincount(depths, minlength=13) / 4000
+    assert shares.min() > 0.03, "every depth from 0 to 12 occurs about as often"
+    uniform = (space.sample(rng, 4000) != skip).sum(axis=1)
+    assert np.mean(uniform < 6) < 0.01

@@ -135,10 +135,15 @@ def _write(members: Front, form: Format, to: Path | None) -> None:
         else:
             to.write_text(_json(list(members)), encoding="utf-8")
     else:
-        table = Table("evaluation", "key", "fidelity", *members.metrics)
+        names = [name for name, _ in members.objectives]
+        hidden = [name for name in members.metrics if name not in names]
+        more = (
+            f"Also there, with the genotypes: {', '.join(hidden)} (--format json, csv or parquet)" if hidden else None
+        )
+        table = Table("evaluation", "key", "fidelity", *names, caption=more, caption_justify="left")
         for row in _sorted(members):
             cells = [str(row["evaluation"]), row["key"][:8], str(row["fidelity"])]
-            table.add_row(*cells, *(number(row.get(name)) for name in members.metrics))
+            table.add_row(*cells, *(number(row.get(name)) for name in names))
         if not len(members):
             console.print("The front is empty: no feasible evaluation is done yet, or none holds the conditions.")
         elif to is None:

@@ -126,8 +126,9 @@ def _follow(
     if not as_json:
         status = job.status()
         done, failed = status["evaluations"]["done"], status["evaluations"]["failed"]
+        why = f" (why: archfront status {job.id} --db {db})" if failed else ""
         console.print(
-            f"Job {job.id} is {job.state}: {status['reason']}; {done} evaluations done, {failed} failed, "
+            f"Job {job.id} is {job.state}: {status['reason']}; {done} evaluations done, {failed} failed{why}, "
             f"{status['front']} on the front. See it with: archfront front {job.id} --db {db}",
             highlight=False,
             soft_wrap=True,

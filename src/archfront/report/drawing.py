@@ -15,7 +15,8 @@ _BAR, _GAP, _HEIGHT, _LABEL = 34, 6, 96, 64
 def draw(layers: Sequence[Layer]) -> markupsafe.Markup:
     """An SVG of the layers from input to output."""
     largest = max((layer.size for layer in layers), default=1.0) or 1.0
-    width = len(layers) * (_BAR + _GAP) + _GAP
+    # The last label leans out to the right.
+    width = len(layers) * (_BAR + _GAP) + _GAP + _LABEL // 2
     parts = [
         f'<svg class="layers" viewBox="0 0 {width} {_HEIGHT + _LABEL}" width="{width}" height="{_HEIGHT + _LABEL}" '
         'role="img" aria-label="layers from input to output">'

@@ -113,4 +113,4 @@ def _environment(finalists: list[Finalist]) -> dict[str, Any]:
 
 
 def _html(figure: Any) -> markupsafe.Markup:
-    return markupsafe.Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+    return markupsafe.Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False}))

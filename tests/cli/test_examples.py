@@ -1,0 +1,46 @@
+"""What the README shows is what runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import archfront
+from archfront.cli.main import main
+from archfront.search.job import read_spec
+from archfront.search.resolve import resolve
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_plugins_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(EXAMPLES / "my_job.yaml"), "--db", str(tmp_path / "l.db"), "--json"]
+    for plugin in ("my_evaluator.py", "my_space.py"):
+        arguments += ["--plugin", str(EXAMPLES / plugin)]
+    monkeypatch.setattr(sys, "argv", ["archfront", "run", *arguments])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert not ending.value.code
+    assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 100
+    front = archfront.Job(tmp_path / "l.db").front().to_pandas()
+    assert front["depth"].max() > front["depth"].min()
+
+
+def test_the_readme_shows_the_examples_as_they_are() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL)
+    code = (EXAMPLES / "my_evaluator.py").read_text()
+    assert any(block.strip() == code.strip() for block in blocks)
+    jobs = [yaml.safe_load(block) for block in blocks if block.startswith("name: digits")]
+    assert jobs == [yaml.safe_load((EXAMPLES / "digits.yaml").read_text())]
+
+
+@pytest.mark.parametrize("name", ["digits.yaml", "ten.yaml"])
+def test_the_examples_are_valid(name: str) -> None:
+    resolve(read_spec(EXAMPLES / name))
