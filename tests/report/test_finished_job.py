@@ -31,7 +31,7 @@ SPEC: dict[str, Any] = {
         {"metric": "macs", "direction": "min"},
     ],
     "strategy": {"name": "nsga2", "population": 4},
-    "budget": {"evaluations": 8},
+    "budget": {"evaluations": 12},
     "workers": {"executor": "process"},
     "finalists": {"count": 2, "epochs": 3, "backends": ["eager"], "batches": [1]},
     "halving": {"eta": 2},

@@ -169,13 +169,13 @@ def test_an_evaluator_that_misbehaves_costs_its_own_attempts(tmp_path: Path, plu
 
 
 def test_hang_death_and_memory_cost_an_attempt_each(tmp_path: Path, plugin: Path) -> None:
-    for misdeed, kind in (("hang", "timeout"), ("die", "died"), ("hog", "memory")):
+    for misdeed, kind, timeout_s in (("hang", "timeout", 1.5), ("die", "died", 60), ("hog", "memory", 60)):
         job = archfront.run(
             synthetic_job(
                 4,
                 name=misdeed,
                 evaluator={"misdeed": misdeed, "every": 4},
-                workers={"executor": "process", "timeout_s": 1.5, "attempts": 2, "memory_mb": 700},
+                workers={"executor": "process", "timeout_s": timeout_s, "attempts": 2, "memory_mb": 700},
             ),
             db=tmp_path / "l.db",
             plugins=[plugin],

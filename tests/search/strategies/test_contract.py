@@ -58,19 +58,14 @@ SERVED = [
     if (name, objectives) not in REFUSED
 ]
 IDS = {case: f"{case[0]}-{case[1]}-{'halving' if case[2] else 'plain'}" for case in SERVED}
-# A Gaussian process takes seconds: one case of it in the quick suite, all in the slow one.
+# A Gaussian process takes seconds: its cases are in the slow suite.
 LIGHT = [pytest.param(*case, id=IDS[case]) for case in SERVED if case[0] not in HEAVY]
-CASES = [*LIGHT, *(pytest.param(name, 1, True, id=f"{name}-1-halving") for name in sorted(HEAVY))]
 
 
 @pytest.mark.parametrize(("name", "objectives"), sorted(REFUSED))
 def test_what_a_sampler_cannot_serve_is_refused(name: str, objectives: int) -> None:
     with pytest.raises(InputError):
         STRATEGIES.get(name, "strategy.name").check(problem(objectives))
-
-
-def asks_of(name: str) -> int:
-    return 7 if name in HEAVY else 24
 
 
 def foreign(given: Problem) -> dict[int, Proposals]:
@@ -91,10 +86,10 @@ def unbroken(name: str, given: Problem, asks: int) -> list[Row]:
 @functools.cache
 def log_of(name: str, objectives: int, halving: bool) -> list[Row]:
     """One unbroken run for all tests that read it."""
-    return unbroken(name, problem(objectives, halving), asks_of(name))
+    return unbroken(name, problem(objectives, halving), 24)
 
 
-@pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
+@pytest.mark.parametrize(("name", "objectives", "halving"), LIGHT)
 def test_resumed_equals_unbroken(name: str, objectives: int, halving: bool) -> None:
     check_resuming(name, problem(objectives, halving), log_of(name, objectives, halving))
 
@@ -120,7 +115,7 @@ def check_resuming(name: str, given: Problem, log: list[Row]) -> None:
             assert same(live.proposals, row.proposals), f"ask {row.ask.number} differs after a cut at {cut}"
 
 
-@pytest.mark.parametrize(("name", "objectives", "halving"), CASES)
+@pytest.mark.parametrize(("name", "objectives", "halving"), LIGHT)
 def test_proposals_are_new_members_of_the_space(name: str, objectives: int, halving: bool) -> None:
     check_log(problem(objectives, halving), log_of(name, objectives, halving))
 
