@@ -88,6 +88,7 @@ def run_optuna(folder: Path, seconds: float) -> dict[str, Any]:
 
 def run_tune(folder: Path, seconds: float, reuse_actors: bool) -> dict[str, Any]:
     import optuna
+    import ray
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -128,6 +129,8 @@ def run_tune(folder: Path, seconds: float, reuse_actors: bool) -> dict[str, Any]
         ),
         run_config=tune.RunConfig(storage_path=str(folder), name=f"tune-{reuse_actors}", verbose=0),
     )
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     start = time.perf_counter()
     results = tuner.fit()
     wall = time.perf_counter() - start
