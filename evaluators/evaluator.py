@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from archfront.plugins import Plugin
 from archfront.spaces.space import Genotype, Space
 
 Provenance = Literal["measured", "predicted", "computed"]
@@ -83,6 +84,7 @@ class EvaluationContext:
         threads: how many threads an evaluation may use.
         files: folder or fsspec URI for checkpoints, or None to keep none.
         artifacts: what ``prepare`` returned, by evaluator name.
+        plugins: the user's own files, for processes that evaluators start.
     """
 
     space: Space
@@ -90,6 +92,7 @@ class EvaluationContext:
     threads: int = 1
     files: str | None = None
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plugins: Sequence[Plugin] = ()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from archfront.search.plugins import Plugin
+from archfront.plugins import Plugin
 
 _PACKAGES = ("numpy", "optuna", "ray", "scikit-learn", "scipy", "timm", "torch", "triton")
 _LAYERS = ("spaces", "evaluators", "search", "db", "kernels")

@@ -14,6 +14,7 @@ from archfront.db.ledger import Ledger
 from archfront.db.queries import evaluation_rows, job_objectives
 from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError
 from archfront.evaluators.evaluator import EvaluationContext
+from archfront.plugins import Plugin
 from archfront.search.code_identity import changes, code_identity
 from archfront.search.engine import Engine, Progress, Seeding
 from archfront.search.executors.executor import Executor
@@ -23,7 +24,7 @@ from archfront.search.executors.ray import RayExecutor
 from archfront.search.executors.ray_gateway import GatewayOptions
 from archfront.search.finalists import run_finalists
 from archfront.search.job import JobSpec, parse_spec
-from archfront.search.plugins import Plugin, load_plugins
+from archfront.search.plugins import load_plugins
 from archfront.search.resolve import ResolvedJob, resolve
 from archfront.search.worker import WorkerSetup
 
@@ -168,7 +169,9 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
         reason = engine.run()
         ended = _OUTCOMES[reason][0] == "done"
         if ended and job.spec.finalists.count:
-            ended = run_finalists(ledger, job_id, job, executor, announce=options.announce, stop=options.stop)
+            ended = run_finalists(
+                ledger, job_id, job, executor, plugins=options.plugins, announce=options.announce, stop=options.stop
+            )
             return reason if ended else "stopped"
         return reason
     finally:

@@ -7,7 +7,7 @@ last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from archfront.db.queries import FrontQuery, front, job_objectives
 from archfront.evaluators.evaluator import Task
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.evaluators.latency.measurement import measured_elsewhere
+from archfront.plugins import Plugin
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.resolve import ResolvedJob
 
@@ -48,6 +49,7 @@ def run_finalists(
     job: ResolvedJob,
     executor: Executor,
     *,
+    plugins: Sequence[Plugin],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
@@ -60,7 +62,7 @@ def run_finalists(
         return False
     # Nothing else of ours may run on the device while it is measured.
     executor.close()
-    return _measure(ledger, job_id, job, finalists, announce, stop)
+    return _measure(ledger, job_id, job, finalists, plugins, announce, stop)
 
 
 def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
@@ -122,12 +124,13 @@ def _measure(
     job_id: int,
     job: ResolvedJob,
     finalists: list[dict[str, Any]],
+    plugins: Sequence[Plugin],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
     plan = job.spec.finalists
     threads = next((e.threads for _, e in job.evaluators if isinstance(e, Latency)), 1)
-    space = {"name": job.space.name, **job.space.config}
+    space = job.spec.space
     for backend in plan.backends:
         rows = finalists if backend == "eager" or plan.compiled is None else finalists[: plan.compiled]
         for batch in plan.batches:
@@ -140,7 +143,9 @@ def _measure(
             announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
             items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
             # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
-            timings, environment = measured_elsewhere(space, items, threads=threads, timeout_s=_MEASURE_S)
+            timings, environment = measured_elsewhere(
+                space, items, threads=threads, timeout_s=_MEASURE_S, plugins=plugins
+            )
             for row, timing in zip(missing, timings, strict=True):
                 content = _finite(asdict(timing)) | {"environment": environment}
                 ledger.store_benchmark(job_id, row["evaluation"], "latency", settings, content, environment["device"])

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, Task
+from archfront.plugins import Plugin
 from archfront.search.job import JobSpec
-from archfront.search.plugins import Plugin, load_plugins
+from archfront.search.plugins import load_plugins
 from archfront.search.resolve import build_evaluators
 from archfront.spaces.registry import SPACES
 
@@ -66,6 +67,7 @@ class Worker:
             threads=max(1, int(spec.workers.cpus)),
             files=setup.files,
             artifacts=setup.artifacts,
+            plugins=setup.plugins,
         )
 
     def prepare(self, name: str) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Latency(Evaluator):
             threads=self.threads,
             backend=self.backend,
             timeout_s=_PROCESS_TIMEOUT_S,
+            plugins=context.plugins,
         ).to_json()
 
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
@@ -113,7 +114,7 @@ class Latency(Evaluator):
             item = {"genotype": task.genotype, "batch": self.batch, "backend": self.backend}
             try:
                 [timing], environment = measured_elsewhere(
-                    config, [item], threads=self.threads, timeout_s=_PROCESS_TIMEOUT_S
+                    config, [item], threads=self.threads, timeout_s=_PROCESS_TIMEOUT_S, plugins=context.plugins
                 )
                 if timing.error is not None:
                     raise MeasurementError(timing.error)

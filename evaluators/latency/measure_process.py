@@ -24,6 +24,7 @@ import torch
 
 from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.measurement import Settings, Timing, failed, measure, peak_memory
+from archfront.plugins import Plugin, load_into
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
@@ -33,6 +34,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     """Measure what a request asks for."""
     threads = int(request["threads"])
     torch.set_num_threads(threads)
+    load_into({"spaces": SPACES}, [Plugin(**plugin) for plugin in request.get("plugins", [])])
     space = SPACES.build(request["space"], "space")
     load_before, clock_before = _load(), _clock_mhz()
     functions: list[Callable[[], object]] = []

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import ArchfrontError
+from archfront.plugins import Plugin
 
 OUTLIER_DEVIATIONS = 6.0
 """Beyond so many robust deviations above the median a sample counts as an outlier; it stays in the samples."""
@@ -202,6 +203,7 @@ def measured_elsewhere(
     threads: int,
     settings: Settings | None = None,
     timeout_s: float | None = None,
+    plugins: Sequence[Plugin] = (),
 ) -> tuple[list[Timing], dict[str, Any]]:
     """Measure in a fresh process.
 
@@ -212,6 +214,7 @@ def measured_elsewhere(
         threads: that torch and OpenMP get there.
         settings: how long to measure.
         timeout_s: of the process; None for none.
+        plugins: files that may hold the space.
 
     Returns:
         The timings in the order of the items, and the environment they hold for.
@@ -220,6 +223,7 @@ def measured_elsewhere(
         MeasurementError: the process failed or took too long.
     """
     request = {"space": space, "items": list(items), "threads": threads, "settings": asdict(settings or Settings())}
+    request["plugins"] = [asdict(plugin) for plugin in plugins]
     environment = {**os.environ, **{name: str(threads) for name in _THREAD_VARIABLES}}
     try:
         done = subprocess.run(

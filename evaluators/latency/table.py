@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from archfront.errors import InputError
 from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
+from archfront.plugins import Plugin
 from archfront.spaces.blocks import NO_BLOCK, BlockSpace
 from archfront.spaces.space import Population
 
@@ -141,6 +142,7 @@ def make_table(
     processes: int = PROCESSES,
     settings: Settings | None = None,
     timeout_s: float | None = 600,
+    plugins: Sequence[Plugin] = (),
 ) -> LatencyTable:
     """Measure a table in fresh processes.
 
@@ -155,6 +157,7 @@ def make_table(
         processes: how many measure blocks and networks.
         settings: how long each measures.
         timeout_s: of each process.
+        plugins: files that may hold the space.
 
     Raises:
         MeasurementError: a process failed, or a block cannot run.
@@ -170,6 +173,7 @@ def make_table(
             threads=threads,
             settings=settings,
             timeout_s=timeout_s,
+            plugins=plugins,
         )
         for item, timing in zip(items, timings, strict=True):
             if timing.error is not None:

@@ -177,8 +177,8 @@ class Job:
         Returns:
             why it ended.
         """
+        from archfront.plugins import read_plugins
         from archfront.search.driver import DriveOptions, drive, extend
-        from archfront.search.plugins import read_plugins
 
         if evaluations:
             extend(self.ledger, self.id, evaluations)
@@ -203,8 +203,9 @@ class Job:
         return pairs
 
     def _metric_directions(self) -> dict[str, str]:
+        from archfront.plugins import read_plugins
         from archfront.search.job import JobSpec
-        from archfront.search.plugins import load_plugins, read_plugins
+        from archfront.search.plugins import load_plugins
         from archfront.search.resolve import build_evaluators
 
         load_plugins(read_plugins(self.plugins))
@@ -236,9 +237,10 @@ def run(
         InputError: the job cannot work; nothing was stored.
         JobFailedError: it failed; what it found is in the ledger.
     """
+    from archfront.plugins import read_plugins
     from archfront.search.driver import submit
     from archfront.search.job import parse_spec, read_spec
-    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.search.plugins import load_plugins
 
     sources = read_plugins(plugins)
     load_plugins(sources)

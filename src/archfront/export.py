@@ -67,7 +67,8 @@ def find_evaluation(job: Job, candidate: str) -> dict[str, Any]:
 
 def space_of(job: Job) -> Space:
     """The space of a job, its plug-ins loaded."""
-    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.plugins import read_plugins
+    from archfront.search.plugins import load_plugins
     from archfront.spaces.registry import SPACES
 
     load_plugins(read_plugins(job.plugins))

@@ -33,6 +33,7 @@ from archfront.evaluators.latency.table import (
     spread_networks,
 )
 from archfront.evaluators.registry import EVALUATORS
+from archfront.plugins import Plugin
 from archfront.spaces.choices import Choices
 from archfront.spaces.fbnet import FBNetTiny
 
@@ -144,7 +145,8 @@ def test_the_measuring_process_loads_nothing_else_of_ours() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     names = json.loads(loaded.replace("'", '"'))
-    allowed = ("archfront.errors", "archfront.registry", "archfront.spaces", "archfront.evaluators.latency")
+    leaves = ("archfront.errors", "archfront.registry", "archfront.plugins")
+    allowed = (*leaves, "archfront.spaces", "archfront.evaluators.latency")
     assert [n for n in names if n != "archfront.evaluators" and not n.startswith(allowed)] == []
 
 
@@ -304,3 +306,18 @@ def test_table_and_measurement_agree() -> None:
     ratio = predicted / measured
     assert np.median(np.abs(ratio / np.median(ratio) - 1)) < 0.08
     assert measured.max() / measured.min() > 3
+
+
+def test_a_space_from_a_plugin_file_is_measured() -> None:
+    source = (
+        "from archfront.spaces.fbnet import FBNetTiny\n"
+        "class Mine(FBNetTiny):\n"
+        "    name = 'mine'\n"
+        "ARCHFRONT_PLUGINS = {'spaces': {'mine': Mine}}\n"
+    )
+    items = [{"genotype": ["skip"] * 12}]
+    timings, _ = measured_elsewhere(
+        {"name": "mine"}, items, threads=1, settings=QUICK, plugins=[Plugin("mine.py", source)]
+    )
+    assert timings[0].error is None
+    assert timings[0].median_ms > 0

@@ -18,7 +18,7 @@ BELOW = {
     "spaces": {"spaces", "kernels"},
     "kernels": {"kernels"},
 }
-LEAVES = {"errors", "registry"}
+LEAVES = {"errors", "registry", "plugins"}
 
 
 def imports(path: Path) -> set[str]:

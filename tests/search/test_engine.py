@@ -14,11 +14,12 @@ from archfront.db.ledger import Ledger
 from archfront.db.schema import Evaluation
 from archfront.errors import InputError, JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
+from archfront.plugins import read_plugins
 from archfront.search.driver import DriveOptions, drive, submit
 from archfront.search.engine import Engine
 from archfront.search.executors.simulated import SimulatedExecutor
 from archfront.search.job import parse_spec
-from archfront.search.plugins import load_plugins, read_plugins
+from archfront.search.plugins import load_plugins
 from archfront.search.resolve import ResolvedJob, resolve
 from archfront.search.worker import Failure, Outcome
 

@@ -36,8 +36,9 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="JOB.yaml")], plugin: PluginFiles = None, json: AsJson = False
 ) -> None:
     """Check a job file without running it."""
+    from archfront.plugins import read_plugins
     from archfront.search.job import read_spec
-    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.search.plugins import load_plugins
     from archfront.search.resolve import resolve
 
     load_plugins(read_plugins(plugin or []))
@@ -87,7 +88,8 @@ def _family(name: str) -> Registry[Any]:
 
 
 def _list(family: str, plugins: list[str] | None, as_json: bool) -> None:
-    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.plugins import read_plugins
+    from archfront.search.plugins import load_plugins
 
     load_plugins(read_plugins(plugins or []))
     registry = _family(family)
@@ -104,7 +106,7 @@ def _list(family: str, plugins: list[str] | None, as_json: bool) -> None:
 
 def _facts(name: str, registry: Registry[Any]) -> dict[str, Any]:
     cls = registry.get(name, "name")
-    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
     arguments = [
         {"name": key, "required": field.is_required(), "default": None if field.is_required() else str(field.default)}
         for key, field in arguments_model(cls).model_fields.items()

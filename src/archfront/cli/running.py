@@ -42,9 +42,10 @@ def run(
 ) -> None:
     """Submit a job and follow it to its end."""
     from archfront.db.ledger import Ledger
+    from archfront.plugins import read_plugins
     from archfront.search.driver import submit
     from archfront.search.job import read_spec
-    from archfront.search.plugins import load_plugins, read_plugins
+    from archfront.search.plugins import load_plugins
 
     sources = read_plugins(plugin or [])
     load_plugins(sources)
