@@ -7,17 +7,12 @@ hog looks the same everywhere, and costs its own batch alone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,13 +20,12 @@ import psutil
 
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Task
+from archfront.search.executors.child import Child, end_with_parent, parent_connection
 from archfront.search.worker import Failure, Outcome, Worker, WorkerSetup
 
 _POLL_S = 0.2
 _STARTUP_S = 180.0
-_STDERR_TAIL = 2000
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_PR_SET_PDEATHSIG = 1
 
 
 class EvaluationProcess:
@@ -47,7 +41,7 @@ class EvaluationProcess:
         self._setup = setup
         self._threads = threads
         self._memory_mb = memory_mb
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
 
     def evaluate(self, tasks: Sequence[Task], timeout_s: float) -> list[Outcome] | Failure:
         """The outcomes of a batch, or how the child died over it."""
@@ -69,47 +63,32 @@ class EvaluationProcess:
 
     def close(self) -> None:
         if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            self._connection.close()
-            self._stderr.close()
+            self._child.close()
             self._child = None
 
     def kill(self) -> None:
         """End the child from another thread; a call under way returns its death."""
         child = self._child
         if child is not None:
-            child.kill()
+            child.process.kill()
 
     def _call(self, request: tuple[str, Any], timeout_s: float) -> Any:
         if self._child is None:
             failure = self._start()
             if failure is not None:
                 return failure
+        assert self._child is not None
         try:
-            self._connection.send(request)
+            self._child.connection.send(request)
         except OSError:
             return self._dead("died")
         return self._reply(timeout_s)
 
     def _start(self) -> Failure | None:
         """Start the child and wait until its evaluators stand; a failure if they do not."""
-        mine, theirs = Pipe()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
-        environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for the driver alone
-            stdout=self._stderr,
-            stderr=self._stderr,
-        )
-        theirs.close()
-        self._connection = mine
+        self._child = Child(__name__, os.environ | dict.fromkeys(_THREAD_VARIABLES, str(self._threads)))
         try:
-            mine.send(self._setup)
+            self._child.connection.send(self._setup)
         except OSError:
             return self._dead("died")
         reply = self._reply(_STARTUP_S)
@@ -121,32 +100,32 @@ class EvaluationProcess:
     def _reply(self, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
         assert self._child is not None
-        process = psutil.Process(self._child.pid)
+        connection = self._child.connection
         while True:
             try:
-                if self._connection.poll(min(_POLL_S, max(deadline - time.monotonic(), 0))):
-                    return self._connection.recv()
+                if connection.poll(min(_POLL_S, max(deadline - time.monotonic(), 0))):
+                    return connection.recv()
             except (EOFError, OSError):
                 return self._dead("died")
             if time.monotonic() >= deadline:
                 return self._dead("timeout", f"took longer than {timeout_s:g} s and was stopped")
             if self._memory_mb is not None:
-                used_mb = _resident_mb(process)
+                used_mb = _resident_mb(self._child.process.pid)
                 if used_mb > self._memory_mb:
                     return self._dead("memory", f"used {used_mb:.0f} MB, more than memory_mb: {self._memory_mb}")
 
     def _dead(self, kind: str, message: str | None = None) -> Failure:
         """End what is left of the child, and say how it died."""
         assert self._child is not None
+        process = self._child.process
         if kind != "died":
-            self._child.kill()
+            process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(timeout=5)
-        code = self._child.poll()
+            process.wait(timeout=5)
+        code = process.poll()
         if message is None:
             message = "the worker process died" + ("" if code is None else f" ({_exit_text(code)})")
-        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _STDERR_TAIL))
-        output = self._stderr.read().decode(errors="replace").strip()
+        output = self._child.last_words()
         self.close()
         return Failure(kind=kind, message=message, traceback=output or None)
 
@@ -158,26 +137,13 @@ def _exit_text(code: int) -> str:
     return f"exit code {code}"
 
 
-def _resident_mb(process: psutil.Process) -> float:
+def _resident_mb(pid: int) -> float:
     try:
+        process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
         return sum(p.memory_info().rss for p in family) / 2**20
     except psutil.NoSuchProcess:
         return 0.0
-
-
-def end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends: no orphan evaluates for nobody."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(connection: Connection) -> None:
@@ -207,4 +173,4 @@ if __name__ == "__main__":
     # The module that the pickled names refer to is the imported one, not this __main__.
     from archfront.search.executors import evaluation_process
 
-    evaluation_process.serve(Connection(int(sys.argv[1])))
+    evaluation_process.serve(parent_connection())

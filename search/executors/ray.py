@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Task
+from archfront.search.executors.child import Child
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.executors.ray_gateway import GatewayOptions
 from archfront.search.worker import Failure, WorkerSetup
@@ -33,7 +30,7 @@ class RayExecutor(Executor):
         self.slots = options.slots
         self._setup = setup
         self._options = options
-        self._gateway: subprocess.Popen[bytes] | None = None
+        self._gateway: Child | None = None
         self._started = False
         self._failed_starts = 0
         self._under_way: dict[int, tuple[Sequence[Task], float]] = {}
@@ -77,36 +74,21 @@ class RayExecutor(Executor):
         return results
 
     def close(self) -> None:
-        if self._gateway is None:
-            return
-        # The pipe's end tells the gateway to leave Ray in order; a local cluster ends with it.
-        self._connection.close()
-        try:
-            self._gateway.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._gateway.kill()
-            self._gateway.wait()
-        self._errors.close()
-        self._gateway = None
+        if self._gateway is not None:
+            # The pipe's end tells the gateway to leave Ray in order; a local cluster ends with it.
+            self._gateway.close(grace_s=10)
+            self._gateway = None
+
+    @property
+    def _connection(self) -> Connection:
+        assert self._gateway is not None
+        return self._gateway.connection
 
     def _connect(self) -> None:
-        if self._gateway is not None:
-            return
-        mine, theirs = Pipe()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the gateway
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"} | os.environ
-        self._gateway = subprocess.Popen(
-            [sys.executable, "-m", _GATEWAY, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for the driver alone
-            stdout=self._errors,
-            stderr=self._errors,
-        )
-        theirs.close()
-        self._connection: Connection = mine
-        self._connection.send(self._options)
+        if self._gateway is None:
+            settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
+            self._gateway = Child(_GATEWAY, settings | os.environ)
+            self._connection.send(self._options)
 
     def _recover(self) -> list[BatchResult]:
         """A new gateway in place of one that ended; its batches are lost."""
@@ -124,5 +106,4 @@ class RayExecutor(Executor):
         return lost
 
     def _last_words(self) -> str:
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1500))
-        return self._errors.read().decode(errors="replace").strip() or "no message"
+        return (self._gateway.last_words() if self._gateway is not None else "") or "no message"

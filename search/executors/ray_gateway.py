@@ -6,14 +6,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from archfront.search.executors.evaluation_process import EvaluationProcess, end_with_parent
+from archfront.search.executors.child import end_with_parent, parent_connection
+from archfront.search.executors.evaluation_process import EvaluationProcess
 from archfront.search.executors.executor import BatchResult
 from archfront.search.worker import Failure, WorkerSetup
 
@@ -131,5 +131,5 @@ if __name__ == "__main__":
     # Pickled names must refer to the imported module, not to this __main__.
     from archfront.search.executors import ray_gateway
 
-    pipe = Connection(int(sys.argv[1]))
+    pipe = parent_connection()
     ray_gateway.Gateway(pipe, pipe.recv()).serve()
