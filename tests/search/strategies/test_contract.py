@@ -207,8 +207,7 @@ def package(tmp_path: Any) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objectives", [1, 2])
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in HEAVY])
+@pytest.mark.parametrize(("name", "objectives"), sorted({case[:2] for case in SERVED if case[0] not in HEAVY}))
 def test_another_process_answers_alike(name: str, objectives: int, package: str) -> None:
     """A job is resumed in another process, where sets have another order."""
     made(name, problem(objectives))
