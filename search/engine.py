@@ -116,8 +116,7 @@ class Engine:
         self._new_attempts: list[AttemptRecord] = []
         self._restore(history)
         self._started = time.monotonic() - history.elapsed_s
-        self._start_finished = self._finished
-        self._start_time = time.monotonic()
+        self._first_result: tuple[int, float] | None = None
         self._last_commit = 0.0
 
     def run(self) -> str:
@@ -305,6 +304,8 @@ class Engine:
         del self._open[record.number]
         self._new_finished.append(record)
         self._finished += 1
+        if self._first_result is None:
+            self._first_result = (self._finished, time.monotonic())
         self._blocked = False
         violation = math.inf if record.violation is None else record.violation
         self._untold.append((record.number, record.fidelity, record.objectives, violation))
@@ -416,8 +417,14 @@ class Engine:
             fidelity=fidelity,
             best=best,
             worst=worst,
-            per_second=(self._finished - self._start_finished) / max(now - self._start_time, 1e-9),
+            per_second=self._rate(now),
         )
+
+    def _rate(self, now: float) -> float:
+        """Evaluations a second since this run's first result: the seconds that workers take to start do not count."""
+        if self._first_result is None or now <= self._first_result[1]:
+            return 0.0
+        return (self._finished - self._first_result[0]) / (now - self._first_result[1])
 
 
 def _metric_values(metrics: Any) -> dict[str, MetricValue]:
