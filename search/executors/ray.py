@@ -41,7 +41,7 @@ class RayExecutor(Executor):
         if not self._connection.poll(timeout_s + 120):
             raise JobFailedError(f"Preparing the evaluator {name!r} took longer than {timeout_s:g} s.")
         try:
-            _, reply = self._connection.recv()
+            reply = self._received()
         except EOFError:
             raise JobFailedError(f"Ray ended while {name!r} was prepared: {self._last_words()}") from None
         if isinstance(reply, Failure):
@@ -64,7 +64,7 @@ class RayExecutor(Executor):
         results: list[BatchResult] = []
         try:
             while self._connection.poll(0 if results else timeout_s):
-                _, result = self._connection.recv()
+                result = self._received()
                 self._under_way.pop(result.batch, None)
                 results.append(result)
         except (EOFError, OSError):
@@ -78,6 +78,12 @@ class RayExecutor(Executor):
             # The pipe's end tells the gateway to leave Ray in order; a local cluster ends with it.
             self._gateway.close(grace_s=10)
             self._gateway = None
+
+    def _received(self) -> Any:
+        kind, content = self._connection.recv()
+        if kind == "impossible":
+            raise JobFailedError(f"{content} Ask for less, or name a cluster with --ray.")
+        return content
 
     @property
     def _connection(self) -> Connection:

@@ -64,6 +64,11 @@ class Gateway:
             cores = max(os.cpu_count() or 1, math.ceil(options.slots * options.cpus))
             settings = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 100 * 2**20}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **settings)
+        present = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+        wanted = options.slots * options.gpus
+        # A cluster may grow; this machine will not, and its actors would wait for ever.
+        if options.address is None and wanted > present:
+            self._send(("impossible", f"workers.gpus: {wanted:g} GPUs in all are asked for; here are {present:g}."))
 
     def serve(self) -> None:
         while True:
