@@ -80,7 +80,7 @@ def ledger_errors(text: str) -> Iterator[None]:
             remedy = "The file is damaged or no SQLite file: restore a backup, or name another file with --db."
         elif "readonly" in cause or "read-only" in cause or "unable to open" in cause:
             remedy = "The file or its folder cannot be written: change its permissions, or name another with --db."
-        elif "no space" in cause or "disk is full" in cause:
+        elif "no space" in cause or "disk is full" in cause or "disk I/O" in cause:
             remedy = "Free some disk space and resume: what was committed is safe."
         elif isinstance(error, DatabaseError):
             remedy = "Check that the server runs and that the URL is right."

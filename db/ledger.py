@@ -20,6 +20,7 @@ from archfront.db.records import AskRecord, History, StoredEvaluation
 from archfront.db.schema import (
     Artifact,
     AskRow,
+    Attempt,
     Benchmark,
     Candidate,
     Device,
@@ -29,7 +30,7 @@ from archfront.db.schema import (
     Run,
 )
 from archfront.db.writer import JobWriter
-from archfront.errors import InputError, JobBusyError
+from archfront.errors import InputError, JobBusyError, LeaseLostError
 
 
 class Ledger:
@@ -75,7 +76,7 @@ class Ledger:
             found = None
             if text == "last":
                 found = connection.execute(query).scalar()
-            elif text.isdigit():
+            elif text.isdecimal() and len(text) < 10:
                 found = connection.execute(query.where(Job.id == int(text))).scalar()
             if found is None:
                 found = connection.execute(query.where(Job.name == text)).scalar()
@@ -98,12 +99,22 @@ class Ledger:
             connection.execute(sa.update(Job).where(Job.id == job_id).values(cancel_requested=True))
             if self._live_lease(connection, job_id) is not None:
                 return True
+            self._cancel_unfinished(connection, job_id)
             connection.execute(
                 sa.update(Job)
                 .where(Job.id == job_id, Job.state.in_(("queued", "running")))
                 .values(state="cancelled", reason="cancelled by the user", finished_at=now(connection))
             )
             return False
+
+    def _cancel_unfinished(self, connection: Connection, job_id: int) -> None:
+        mine = Evaluation.job_id == job_id
+        open_numbers = connection.execute(sa.select(Evaluation.number).where(mine, Evaluation.seq.is_(None))).scalars()
+        last = connection.execute(sa.select(sa.func.max(Evaluation.seq)).where(mine)).scalar() or 0
+        moment = now(connection)
+        for seq, number in enumerate(sorted(open_numbers), last + 1):
+            ended = sa.update(Evaluation).where(mine, Evaluation.number == number)
+            connection.execute(ended.values(state="cancelled", seq=seq, finished_at=moment))
 
     def begin_run(self, job_id: int, code: Mapping[str, Any]) -> int:
         """Take the lease of a job for this process.
@@ -175,6 +186,8 @@ class Ledger:
             ask_rows = connection.execute(sa.select(AskRow).where(AskRow.job_id == job_id).order_by(AskRow.number))
             asks = [_ask_record(row, evaluations) for row in ask_rows]
             elapsed = self._elapsed(connection, job_id)
+            alone = sa.select(Attempt.number).where(Attempt.job_id == job_id, Attempt.attempt == 0)
+            suspects = set(connection.execute(alone).scalars())
         done = columns["done"] == 1
         points = np.full((len(columns), len(objectives)), np.nan)
         for i, (name, sign) in enumerate(objectives):
@@ -187,6 +200,7 @@ class Ledger:
             objectives=points,
             violations=np.where(done, columns["violation"], np.inf),
             elapsed_s=elapsed,
+            suspects=suspects,
         )
 
     def artifact(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -208,13 +222,22 @@ class Ledger:
     def store_benchmark(
         self,
         job_id: int,
+        run_id: int,
         number: int,
         kind: str,
         settings: Mapping[str, Any],
         content: Mapping[str, Any],
         device: Mapping[str, Any] | None,
     ) -> None:
-        with write(self.engine) as connection:
+        """Keep what was found of a finalist.
+
+        Raises:
+            LeaseLostError: another run holds the job now; nothing was written.
+        """
+        with ledger_errors(self.url), write(self.engine) as connection:
+            held = sa.select(Lease.run_id).where(Lease.job_id == job_id, Lease.run_id == run_id)
+            if connection.execute(held).scalar() is None:
+                raise LeaseLostError(f"Job {job_id} is driven by another run now; this one stops.")
             digest = self._store_device(connection, device)
             connection.execute(
                 sa.insert(Benchmark).values(
@@ -270,15 +293,18 @@ class Ledger:
 
     def _elapsed(self, connection: Connection, job_id: int) -> float:
         """Seconds that runs have spent on a job; a killed run counts up to its last commit."""
-        last = sa.select(sa.func.max(Evaluation.finished_at)).where(Evaluation.job_id == job_id)
-        newest = connection.execute(last).scalar() or 0.0
         runs = connection.execute(
             sa.select(Run.started_at, Run.ended_at).where(Run.job_id == job_id).order_by(Run.id)
         ).all()
-        starts = [start for start, _ in runs[1:]] + [float("inf")]
-        ends = [end if end is not None else min(max(newest, start), nxt)
-                for (start, end), nxt in zip(runs, starts, strict=True)]  # fmt: skip
-        return float(sum(end - start for (start, _), end in zip(runs, ends, strict=True)))
+        total = 0.0
+        for i, (start, end) in enumerate(runs):
+            if end is None:
+                until = runs[i + 1][0] if i + 1 < len(runs) else float("inf")
+                mine = (Evaluation.finished_at >= start) & (Evaluation.finished_at <= until)
+                last = sa.select(sa.func.max(Evaluation.finished_at)).where(Evaluation.job_id == job_id, mine)
+                end = connection.execute(last).scalar() or start
+            total += end - start
+        return total
 
 
 def _insert_new(connection: Connection, table: Any, values: Mapping[str, Any]) -> Any:

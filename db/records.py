@@ -74,7 +74,8 @@ class FinishedRecord:
 
 @dataclass(slots=True, kw_only=True)
 class AttemptRecord:
-    """One failed attempt: ``kind`` is ``error``, ``non-finite``, ``timeout``, ``memory`` or ``died``."""
+    """One failed attempt: ``kind`` is ``error``, ``non-finite``, ``timeout``, ``memory`` or ``died``; attempt 0,
+    ``suspect``: its batch died, and it is tried alone at no charge."""
 
     number: int
     attempt: int
@@ -102,7 +103,8 @@ class StoredEvaluation:
 
 @dataclass(kw_only=True)
 class History:
-    """Everything that a job's engine resumes from. ``objectives`` is ``(finished, m)``, oriented, in order of seq."""
+    """Everything that a job's engine resumes from. ``objectives`` is ``(finished, m)``, oriented, in order of seq;
+    ``suspects`` are evaluations whose batch died, to be tried alone."""
 
     asks: list[AskRecord]
     evaluations: list[StoredEvaluation]
@@ -110,3 +112,4 @@ class History:
     objectives: npt.NDArray[np.float64]
     violations: npt.NDArray[np.float64]
     elapsed_s: float
+    suspects: set[int]

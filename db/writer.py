@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_rows, to_matrix
-from archfront.db.connection import now, write
+from archfront.db.connection import ledger_errors, now, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
@@ -133,7 +133,8 @@ class JobWriter:
             except OperationalError as error:
                 passing = "locked" in str(error) or "busy" in str(error)
                 if wait is None or not passing:
-                    raise
+                    with ledger_errors(str(self._engine.url)):
+                        raise
                 time.sleep(wait)
         raise AssertionError("the loop returns or raises")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from archfront.db.dominance import crowding_distance, nondominated_ranks
 from archfront.db.lease import kept_lease
@@ -31,7 +34,7 @@ from archfront.search.worker import WorkerSetup
 _PREPARE_S = 1800.0
 _OUTCOMES = {
     "budget": ("done", "its budget is spent"),
-    "exhausted": ("done", "its space holds nothing new"),
+    "exhausted": ("done", "its strategy finds nothing new in the space"),
     "hours": ("done", "its hours are over"),
     "cancelled": ("cancelled", "cancelled by the user"),
     "stopped": ("running", "stopped; it can be resumed"),
@@ -44,6 +47,7 @@ class DriveOptions:
 
     Attributes:
         plugins: the user's own files.
+        more_evaluations: to add to the job's budget, for good.
         accept_changes: asked what changed since the last run; true goes on. None refuses.
         ray_address: of a running Ray cluster; the environment's RAY_ADDRESS, or a cluster of this job's own, if None.
         files: folder or URI for checkpoints; beside the database if None.
@@ -53,6 +57,7 @@ class DriveOptions:
     """
 
     plugins: Sequence[Plugin] = ()
+    more_evaluations: int = 0
     accept_changes: Callable[[list[str]], bool] | None = None
     ray_address: str | None = None
     files: str | None = None
@@ -78,11 +83,15 @@ def submit(ledger: Ledger, document: Any, plugins: Sequence[Plugin] = ()) -> int
     return ledger.create_job(spec.name, spec.model_dump(mode="json"), job.space.digest)
 
 
-def extend(ledger: Ledger, job_id: int, evaluations: int) -> None:
-    """Add evaluations to a job's budget."""
-    spec = parse_spec(ledger.job(job_id)["spec"])
-    budget = spec.budget.model_copy(update={"evaluations": spec.budget.evaluations + evaluations})
-    ledger.set_spec(job_id, spec.model_copy(update={"budget": budget}).model_dump(mode="json"))
+def _extended(spec: JobSpec, evaluations: int) -> JobSpec:
+    """The spec with evaluations added to its budget.
+
+    Raises:
+        InputErrors: more than a budget may be.
+    """
+    document = spec.model_dump(mode="json")
+    document["budget"]["evaluations"] += evaluations
+    return parse_spec(document)
 
 
 def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
@@ -97,7 +106,7 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
         JobFailedError: the job failed, and is marked so.
     """
     load_plugins(options.plugins)
-    job = resolve(parse_spec(ledger.job(job_id)["spec"]))
+    job = resolve(_extended(parse_spec(ledger.job(job_id)["spec"]), options.more_evaluations))
     if job.space.digest != ledger.job(job_id)["space_digest"]:
         raise ChangedCodeError(
             f"Job {job_id}: the space {job.space.name!r} means something else in this version, so its candidates "
@@ -106,6 +115,9 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     code = code_identity(options.plugins)
     _agree(ledger, job_id, code, options)
     run_id = ledger.begin_run(job_id, code)
+    if options.more_evaluations:
+        # Only now: whoever was refused has changed nothing.
+        ledger.set_spec(job_id, job.spec.model_dump(mode="json"))
     try:
         with kept_lease(ledger.engine, job_id, run_id):
             reason = _run(ledger, job_id, run_id, job, options)
@@ -117,7 +129,9 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     except BaseException as error:
         # A fault of the driver, not of the job: the job stays resumable.
         text = str(error) if isinstance(error, ArchfrontError) else repr(error)
-        ledger.end_run(job_id, run_id, "interrupted", text, "running")
+        # Where even this cannot be written (a full disk), the first error is the one to show.
+        with suppress(SQLAlchemyError):
+            ledger.end_run(job_id, run_id, "interrupted", text, "running")
         raise
     state, words = _OUTCOMES[reason]
     ledger.end_run(job_id, run_id, reason, words, state)
@@ -170,9 +184,17 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
         ended = _OUTCOMES[reason][0] == "done"
         if ended and job.spec.finalists.count:
             ended = run_finalists(
-                ledger, job_id, job, executor, plugins=options.plugins, announce=options.announce, stop=options.stop
+                ledger,
+                job_id,
+                run_id,
+                job,
+                executor,
+                plugins=options.plugins,
+                announce=options.announce,
+                stop=lambda: options.stop() or _is_cancelled(ledger, job_id),
             )
-            return reason if ended else "stopped"
+            if not ended:
+                return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
         return reason
     finally:
         executor.close()
@@ -203,6 +225,10 @@ def _agree(ledger: Ledger, job_id: int, code: dict[str, Any], options: DriveOpti
             f"Job {job_id} was last run by other code, so what follows may not fit what is there:\n{lines}\n"
             "Resume with --accept-changes to go on all the same, or restore the code."
         )
+
+
+def _is_cancelled(ledger: Ledger, job_id: int) -> bool:
+    return bool(ledger.job(job_id)["cancel_requested"])
 
 
 def _seedings(ledger: Ledger, job: ResolvedJob) -> list[Seeding]:

@@ -133,7 +133,7 @@ class Engine:
         while True:
             if self._commit():
                 return self._cancel()
-            if self._failed >= _HOPELESS and not self._done:
+            if self._failed - self._failed_before >= _HOPELESS and not self._done:
                 raise JobFailedError(
                     f"The first {self._failed} evaluations all failed; `archfront status {self._writer.job_id}` shows "
                     "why. The rest of the budget is not spent."
@@ -257,6 +257,12 @@ class Engine:
         for number in numbers:
             self._open[number].alone = True
             heapq.heappush(self._queue, number)
+            # In the ledger too: a resumed job must send them alone, or its results come in another order.
+            self._new_attempts.append(
+                AttemptRecord(
+                    number=number, attempt=0, kind="suspect", message=f"its batch died ({death.message})", worker=worker
+                )
+            )
 
     def _take_outcome(self, outcome: Outcome, worker: str) -> None:
         opened = self._open[outcome.number]
@@ -376,11 +382,14 @@ class Engine:
         self._extremes: dict[int, tuple[list[float], list[float]]] = {}
         for number, fidelity, points, _ in rows:
             self._note(by_number[number].state, fidelity, points)
+        # A job that failed is given another chance when it is resumed.
+        self._failed_before = self._failed
         last = history.asks[-1] if history.asks else None
         self._blocked = last is not None and last.count == 0 and last.told == self._finished
         for e in history.evaluations:
             if e.seq is None:
                 self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
+                self._open[e.number].alone = e.number in history.suspects
 
     def _stored_proposals(self, record: AskRecord) -> Proposals:
         population = self._job.space.from_json(record.genotypes)

@@ -46,6 +46,7 @@ def choose(rows: list[dict[str, Any]], objectives: list[tuple[str, str]], count:
 def run_finalists(
     ledger: Ledger,
     job_id: int,
+    run_id: int,
     job: ResolvedJob,
     executor: Executor,
     *,
@@ -58,11 +59,13 @@ def run_finalists(
     if not finalists:
         announce("no front member holds the conditions for finalists")
         return True
-    if job.spec.finalists.epochs is not None and not _train(ledger, job_id, job, executor, finalists, announce, stop):
+    if job.spec.finalists.epochs is not None and not _train(
+        ledger, job_id, run_id, job, executor, finalists, announce, stop
+    ):
         return False
     # Nothing else of ours may run on the device while it is measured.
     executor.close()
-    return _measure(ledger, job_id, job, finalists, plugins, announce, stop)
+    return _measure(ledger, job_id, run_id, job, finalists, plugins, announce, stop)
 
 
 def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
@@ -80,6 +83,7 @@ def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any
 def _train(
     ledger: Ledger,
     job_id: int,
+    run_id: int,
     job: ResolvedJob,
     executor: Executor,
     finalists: list[dict[str, Any]],
@@ -104,7 +108,7 @@ def _train(
         for result in executor.wait(0.25):
             row = under_way.pop(result.batch)
             content = _trained(result)
-            ledger.store_benchmark(job_id, row["evaluation"], "training", settings, content, None)
+            ledger.store_benchmark(job_id, run_id, row["evaluation"], "training", settings, content, None)
             announce(f"finalist {row['key'][:8]} trained: {_words(content)}")
     return True
 
@@ -122,6 +126,7 @@ def _trained(result: BatchResult) -> dict[str, Any]:
 def _measure(
     ledger: Ledger,
     job_id: int,
+    run_id: int,
     job: ResolvedJob,
     finalists: list[dict[str, Any]],
     plugins: Sequence[Plugin],
@@ -148,7 +153,9 @@ def _measure(
             )
             for row, timing in zip(missing, timings, strict=True):
                 content = _finite(asdict(timing)) | {"environment": environment}
-                ledger.store_benchmark(job_id, row["evaluation"], "latency", settings, content, environment["device"])
+                ledger.store_benchmark(
+                    job_id, run_id, row["evaluation"], "latency", settings, content, environment["device"]
+                )
                 shown = timing.error or f"{timing.median_ms:.3f} ms [{timing.low_ms:.3f}, {timing.high_ms:.3f}]"
                 announce(f"finalist {row['key'][:8]}: {shown}")
     return True

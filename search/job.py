@@ -19,7 +19,7 @@ Named = dict[str, Any]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Objective(_Section):
@@ -32,7 +32,7 @@ class Objective(_Section):
 class Budget(_Section):
     """When to stop. Whatever is reached first."""
 
-    evaluations: Annotated[int, Field(ge=1, description="evaluations to make, all fidelities counted")]
+    evaluations: Annotated[int, Field(ge=1, le=10**9, description="evaluations to make, all fidelities counted")]
     hours: Annotated[float | None, Field(gt=0, description="driver hours, summed over resumes")] = None
 
 
@@ -142,7 +142,7 @@ def read_spec(path: str | Path) -> JobSpec:
         raise InputError("JOB.yaml", str(path), f"cannot be read ({error})", "Give the path of a job file.") from None
     try:
         document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         message = " ".join(str(error).split())
         raise InputError("JOB.yaml", str(path), f"is no valid YAML ({message})", "Mend the line it names.") from None
     if not isinstance(document, dict):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from archfront.db.columns import FIXED
 from archfront.db.expressions import Condition, Constraint, parse_constraint
 from archfront.errors import InputError, suggestion
 from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, MetricSpec
@@ -21,6 +22,8 @@ from archfront.search.strategies.registry import STRATEGIES
 from archfront.search.strategy import Problem, Strategy
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
+
+_RESERVED = {*FIXED, "evaluation", "key", "genotype"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ def resolve(spec: JobSpec) -> ResolvedJob:
         Condition(spec.finalists.where, metrics, "finalists.where")
     problem = Problem(space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed)
     _check_strategy(spec, problem)
-    batch = spec.workers.batch or min(evaluator.batch_size for _, evaluator in evaluators)
+    batch = spec.workers.batch or max(1, min(evaluator.batch_size for _, evaluator in evaluators))
     return ResolvedJob(
         spec=spec, space=space, evaluators=evaluators, metrics=metrics, constraints=constraints,
         fidelities=fidelities, problem=problem, batch=batch,
@@ -143,6 +146,10 @@ def _metrics(evaluators: list[tuple[str, Evaluator]]) -> dict[str, MetricSpec]:
     metrics: dict[str, MetricSpec] = {}
     for i, (name, evaluator) in enumerate(evaluators):
         for metric in evaluator.metrics:
+            if metric.name in _RESERVED:
+                raise InputError(
+                    f"evaluators.{i}", metric.name, "is a column of every evaluation", "Name the metric otherwise."
+                )
             if metric.name in metrics:
                 raise InputError(
                     f"evaluators.{i}", name, f"reports {metric.name}, as an evaluator before it does", "Drop one."
@@ -160,6 +167,8 @@ def _fidelities(evaluators: list[tuple[str, Evaluator]]) -> tuple[int, ...]:
         return (0,)
     i, _, given = having[0]
     levels = list(given or ())
+    if max(levels) >= 2**31:
+        raise InputError(f"evaluators.{i}.fidelities", levels, "are too large", "Give numbers below 2147483648.")
     if any(later <= earlier for earlier, later in itertools.pairwise(levels)) or min(levels) < 0:
         raise InputError(f"evaluators.{i}.fidelities", levels, "do not rise", "Give rising numbers, e.g. [3, 9].")
     return tuple(levels)

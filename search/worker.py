@@ -6,9 +6,9 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, Task
+from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, Provenance, Task
 from archfront.plugins import Plugin
 from archfront.search.job import JobSpec
 from archfront.search.plugins import load_plugins
@@ -82,13 +82,11 @@ class Worker:
         checkpoints: dict[int, str] = {}
         for name, evaluator in self._evaluators:
             alive = [task for task in tasks if task.number not in failures]
-            for task, result in zip(alive, self._apply(name, evaluator, alive), strict=True):
-                if isinstance(result, Exception):
-                    failures[task.number] = Failure(
-                        kind="error",
-                        message=f"{name}: {result!r}",
-                        traceback="".join(traceback.format_exception(result)),
-                    )
+            for task, given in zip(alive, self._apply(name, evaluator, alive), strict=True):
+                result = given if isinstance(given, BaseException) else _checked(given)
+                if isinstance(result, BaseException):
+                    trace = _text("".join(traceback.format_exception(result)))
+                    failures[task.number] = Failure(kind="error", message=_text(f"{name}: {result!r}"), traceback=trace)
                     continue
                 metrics[task.number].update(result.metrics)
                 if result.checkpoint is not None:
@@ -114,8 +112,39 @@ class Worker:
             results = evaluator.evaluate(tasks, self.context)
             if len(results) != len(tasks):
                 raise ValueError(f"evaluator {name!r} returned {len(results)} results for {len(tasks)} tasks")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if len(tasks) == 1:
                 return [error]
             return [self._apply(name, evaluator, [task])[0] for task in tasks]
         return results
+
+
+def _checked(given: Any) -> Evaluated | Exception:
+    """A result with every field of the type that the ledger stores, or what is wrong with it.
+
+    One value of a wrong type must cost its own evaluation, not the batch that is committed with it.
+    """
+    try:
+        if not isinstance(given, Evaluated):
+            raise TypeError(f"an evaluator returned {type(given).__name__}, not Evaluated")
+        metrics = {}
+        for name, metric in given.metrics.items():
+            if not isinstance(name, str) or not isinstance(metric, Metric):
+                raise TypeError(f"metric {name!r} is a {type(metric).__name__}, not a Metric with a name")
+            if metric.provenance not in get_args(Provenance):
+                raise ValueError(f"metric {name!r} has the unknown provenance {metric.provenance!r}")
+            metrics[name] = Metric(
+                float(metric.value),
+                metric.provenance,
+                None if metric.std is None else float(metric.std),
+                None if metric.predictor is None else str(metric.predictor),
+                None if metric.device is None else str(metric.device),
+            )
+        return Evaluated(metrics, None if given.checkpoint is None else str(given.checkpoint))
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        return error
+
+
+def _text(words: str) -> str:
+    """Text that every database takes."""
+    return words.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

@@ -166,4 +166,7 @@ def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _hashable(choice: Any) -> Any:
-    return tuple(choice) if isinstance(choice, list) else choice
+    if isinstance(choice, list):
+        return tuple(_hashable(part) for part in choice)
+    # A mapping is no choice of any column; as text it equals none.
+    return repr(choice) if isinstance(choice, dict) else choice

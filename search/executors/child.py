@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -44,14 +45,18 @@ class Child:
         self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - length))
         return self._output.read().decode(errors="replace").strip()
 
+    def kill(self) -> None:
+        """End the child and whatever it has started itself: they share a session."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self, grace_s: float = 0.0) -> None:
         """Close the pipe, which a child takes as the order to end; kill it if it has not within ``grace_s``."""
         self.connection.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.kill()
+        self.process.wait()
         self._output.close()
 
 

@@ -70,7 +70,7 @@ class EvaluationProcess:
         """End the child from another thread; a call under way returns its death."""
         child = self._child
         if child is not None:
-            child.process.kill()
+            child.kill()
 
     def _call(self, request: tuple[str, Any], timeout_s: float) -> Any:
         if self._child is None:
@@ -119,7 +119,7 @@ class EvaluationProcess:
         assert self._child is not None
         process = self._child.process
         if kind != "died":
-            process.kill()
+            self._child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
         code = process.poll()

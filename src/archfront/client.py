@@ -178,11 +178,10 @@ class Job:
             why it ended.
         """
         from archfront.plugins import read_plugins
-        from archfront.search.driver import DriveOptions, drive, extend
+        from archfront.search.driver import DriveOptions, drive
 
-        if evaluations:
-            extend(self.ledger, self.id, evaluations)
-        return drive(self.ledger, self.id, DriveOptions(plugins=read_plugins(self.plugins), **options))
+        settings = DriveOptions(plugins=read_plugins(self.plugins), more_evaluations=evaluations, **options)
+        return drive(self.ledger, self.id, settings)
 
     def cancel(self) -> bool:
         """End the job for good. Returns whether a driver is at work and will do it within seconds."""
@@ -257,6 +256,9 @@ def _fidelity(given: str | int) -> str | int:
     if given in ("top", "any"):
         return given
     try:
-        return int(given)
+        level = int(given)
+        if abs(level) < 2**63:
+            return level
+        raise ValueError("out of range")
     except ValueError:
         raise InputError("--fidelity", given, "is no fidelity", "Give top, any or a number.") from None

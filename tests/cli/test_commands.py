@@ -311,3 +311,48 @@ def test_version_needs_neither_torch_nor_ray() -> None:
     )
     environment = {**os.environ, "PYTHONWARNINGS": "error::ImportWarning"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nosuch"],
+        ["front", "--format", "bad"],
+        ["status", "--tracebacks", "-1"],
+        ["front", "99999999999999999999999"],
+        ["front", "--at", "99999999999999999999999"],
+        ["front", "--fidelity", "99999999999999999999999"],
+        ["front", "--to", "/no/folder/x.csv", "--format", "csv"],
+    ],
+)
+def test_wrong_use_is_one_clear_message(archfront: Command, tmp_path: Path, plugin: Path, arguments: list[str]) -> None:
+    archfront("run", job_file(tmp_path, evaluations=3), "--plugin", str(plugin))
+    code, _, err = archfront(*arguments)
+    assert code == 2
+    assert "error" in err
+    assert "Traceback" not in err
+    code, out, _ = archfront(*arguments, "--json")
+    assert code == 2
+    assert json.loads(out)["exit_code"] == 2
+
+
+def test_names_with_brackets_are_shown_as_they_are(archfront: Command, tmp_path: Path, plugin: Path) -> None:
+    code, out, err = archfront("run", job_file(tmp_path, evaluations=3, name="[/red]"), "--plugin", str(plugin))
+    assert code == 0, err
+    assert "[/red]" in out
+    for command in ("jobs", "status"):
+        code, out, _ = archfront(command)
+        assert code == 0
+        assert "[/red]" in out
+
+
+def test_cancelling_a_killed_job_leaves_nothing_written_ahead(archfront: Command, tmp_path: Path, plugin: Path) -> None:
+    file = job_file(tmp_path, evaluations=400, evaluator={"sleep_s": 0.05})
+    command = [sys.executable, "-m", "archfront", "run", file, "--plugin", str(plugin)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
+        _await_evaluations(3)
+        driver.kill()
+    assert archfront("cancel", "last")[0] == 0
+    states = json.loads(archfront("status", "--json")[1])["evaluations"]
+    assert states["running"] == 0
+    assert states["cancelled"] > 0

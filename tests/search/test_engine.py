@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from jobs import synthetic_job
@@ -12,7 +13,7 @@ from ledger_dump import differences, dump
 import archfront
 from archfront.db.ledger import Ledger
 from archfront.db.schema import Evaluation
-from archfront.errors import InputError, JobFailedError
+from archfront.errors import InputError, JobBusyError, JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
 from archfront.plugins import read_plugins
 from archfront.search.driver import DriveOptions, drive, submit
@@ -85,7 +86,8 @@ def test_a_death_costs_only_the_guilty_one_of_a_batch(tmp_path: Path, plugin: Pa
     engine.run()
     rows = dump(ledger, job_id)
     assert [row[0] for row in rows["evaluations"] if row[6] == "failed"] == [13]
-    assert [row[:3] for row in rows["attempts"]] == [(13, 1, "died"), (13, 2, "died"), (13, 3, "died")]
+    charged = [row[:3] for row in rows["attempts"] if row[1]]
+    assert charged == [(13, 1, "died"), (13, 2, "died"), (13, 3, "died")]
     assert deaths == [8, 1, 1, 1]
 
 
@@ -94,7 +96,7 @@ def test_a_small_space_is_exhausted_and_says_so(tmp_path: Path, plugin: Path) ->
         job = synthetic_job(100, space={"name": "choices", "columns": {"a": [1, 2, 3], "b": [1, 2]}}, strategy=strategy)
         done = archfront.run(job, db=tmp_path / "l.db", plugins=[plugin])
         assert done.status()["evaluations"]["done"] == 6
-        assert "nothing new" in done.status()["reason"]
+        assert "finds nothing new" in done.status()["reason"]
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path, plugin: Path) -> None:
@@ -235,3 +237,85 @@ def test_failures_are_told_but_not_to_the_front(tmp_path: Path, plugin: Path) ->
     members = [row[1] for row in dump(ledger, job_id)["front_members"]]
     assert members
     assert all(number % 2 == 0 for number in members)
+
+
+def test_a_batch_that_died_is_known_after_a_resume(tmp_path: Path, plugin: Path) -> None:
+    """Its members are tried alone, and a resumed job must go on doing so: or its rows come in another order."""
+    spec = synthetic_job(
+        16,
+        evaluator={"misdeed": "die", "every": 4, "batch_size": 4},
+        workers={"executor": "process", "attempts": 1},
+        strategy={"name": "random"},
+    )
+    sources = read_plugins([plugin])
+    whole = archfront.run(spec, db=tmp_path / "whole.db", plugins=[plugin])
+    ledger = Ledger.open(str(tmp_path / "stopped.db"))
+    job_id = submit(ledger, spec, sources)
+    for stop_after in (3, 6):
+        seen: list[int] = []
+        options = DriveOptions(
+            plugins=sources,
+            observe=lambda progress, seen=seen: seen.append(progress.finished),  # type: ignore[misc]
+            stop=lambda seen=seen, limit=stop_after: bool(seen and seen[-1] >= limit),  # type: ignore[misc]
+        )
+        assert drive(ledger, job_id, options) == "stopped"
+    assert drive(ledger, job_id, DriveOptions(plugins=sources)) == "budget"
+    rows = dump(ledger, job_id)
+    assert any(row[1] == 0 and row[2] == "suspect" for row in rows["attempts"])
+    assert differences(dump(whole.ledger, whole.id), rows) == []
+
+
+ODD = '''
+from archfront.evaluators.evaluator import Evaluated, Evaluator, Metric, MetricSpec
+
+class Odd(Evaluator):
+    """Every other result is of a wrong kind."""
+
+    name = "odd"
+    batch_size = 8
+    metrics = [MetricSpec(name="gain", unit="1", direction="max"), MetricSpec(name="cost", unit="1", direction="min")]
+    wrong = [None, "words", 10**400, [1.0]]
+
+    def evaluate(self, tasks, context):
+        return [self.one(task.number) for task in tasks]
+
+    def one(self, number):
+        if number % 16 == 15:
+            return {"gain": 1.0}
+        value = self.wrong[number // 2 % 4] if number % 2 else float(number)
+        return Evaluated({"gain": Metric(value), "cost": Metric(1.0)})
+
+ARCHFRONT_PLUGINS = {"evaluators": {"odd": Odd}}
+'''
+
+
+def test_a_result_of_a_wrong_type_costs_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    spec = synthetic_job(32) | {"evaluators": [{"name": "odd"}]}
+    job = archfront.run(spec, db=tmp_path / "l.db", plugins=[tmp_path / "odd.py"])
+    assert job.status()["evaluations"] == {"done": 16, "failed": 16, "running": 0, "cancelled": 0}
+    assert job.state == "done"
+
+
+def test_a_refused_extension_changes_nothing(tmp_path: Path, plugin: Path) -> None:
+    job = archfront.run(synthetic_job(10), db=tmp_path / "l.db", plugins=[plugin])
+    run_id = job.ledger.begin_run(job.id, job.ledger.last_code(job.id) or {})
+    with pytest.raises(JobBusyError):
+        job.resume(evaluations=5)
+    assert job.spec["budget"]["evaluations"] == 10
+    job.ledger.end_run(job.id, run_id, "stopped", None, "running")
+    job.resume(evaluations=5)
+    assert job.status()["evaluations"]["done"] == 15
+
+
+def test_what_an_evaluator_started_ends_with_it(tmp_path: Path) -> None:
+    start = "        return [self.one("
+    source = ODD.replace(start, "        __import__('subprocess').run(['sleep', '4321'])\n" + start)
+    assert source != ODD
+    (tmp_path / "sleeping.py").write_text(source)
+    workers = {"executor": "process", "count": 1, "timeout_s": 0.2, "attempts": 1}
+    spec = synthetic_job(1) | {"evaluators": [{"name": "odd"}], "workers": workers}
+    with pytest.raises(JobFailedError):
+        archfront.run(spec, db=tmp_path / "l.db", plugins=[tmp_path / "sleeping.py"])
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "4321"]]
+    assert left == []

@@ -27,7 +27,7 @@ errors = Console(stderr=True)
 
 def print_json(data: Any) -> None:
     """JSON on standard output; numbers that JSON does not have become null."""
-    print(json.dumps(_plain(data), indent=2))
+    print(json.dumps(plain(data), indent=2))
 
 
 def number(value: Any) -> str:
@@ -54,11 +54,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
+    """The data with what JSON does not have (nan, infinities) as null."""
     if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
+        return [plain(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data

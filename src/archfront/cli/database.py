@@ -7,12 +7,11 @@ import typer
 from alembic import command
 from alembic.runtime.migration import MigrationContext
 
-from archfront.cli.common import AsJson, Database, console, print_json
+from archfront.cli.common import EXIT_INPUT, AsJson, Database, console, errors, print_json
 from archfront.client import DEFAULT_DB
 from archfront.db.columns import check_chunks
 from archfront.db.connection import alembic_config, ledger_errors, open_engine
 from archfront.db.schema import Job
-from archfront.errors import LedgerError
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -49,5 +48,7 @@ def check(db: Database = DEFAULT_DB, json: AsJson = False) -> None:
         print_json({"wrong": wrong})
     elif not wrong:
         console.print(f"{db}: the packed columns of {len(ids)} jobs equal their rows.", highlight=False)
+    else:
+        errors.print("\n".join(wrong), highlight=False, markup=False)
     if wrong:
-        raise LedgerError("\n".join(wrong))
+        raise typer.Exit(EXIT_INPUT)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -52,7 +53,7 @@ class RunDisplay:
             self._line(self._latest)
 
     def announce(self, text: str) -> None:
-        self._console.print(f"{self._name}: {text}", highlight=False)
+        self._console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def observe(self, progress: Progress) -> None:
         self._latest = progress
@@ -67,11 +68,11 @@ class RunDisplay:
         self._last_line = time.monotonic()
         self._shown = progress.finished
         parts = [f"{label} {value}" for label, value in self._facts(progress)]
-        self._console.print(f"{self._name}: {', '.join(parts)}", highlight=False, soft_wrap=True)
+        self._console.print(f"{self._name}: {', '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, progress: Progress) -> Table:
         table = Table.grid(padding=(0, 2))
-        table.add_row(self._name, ProgressBar(total=progress.budget, completed=progress.finished, width=40))
+        table.add_row(escape(self._name), ProgressBar(total=progress.budget, completed=progress.finished, width=40))
         for label, value in self._facts(progress):
             table.add_row(f"[dim]{label}[/dim]", value)
         return table

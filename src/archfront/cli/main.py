@@ -62,15 +62,20 @@ def main() -> None:
         code = app(standalone_mode=False)
     except ArchfrontError as error:
         _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_INPUT)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort, typer.Abort):
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader went away (`archfront front | head`): not an error, but Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'A file'}: {error.strerror or error}", EXIT_INPUT)
+    except Exception as error:
+        # Typer carries a copy of click with exceptions of its own; a wrong option or argument comes as one of either.
+        words = getattr(error, "format_message", None)
+        if words is None:
+            raise
+        _fail(str(words()), EXIT_INPUT)
     sys.exit(code if isinstance(code, int) else 0)
 
 

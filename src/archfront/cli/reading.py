@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from archfront.cli.common import (
@@ -21,6 +22,7 @@ from archfront.cli.common import (
     console,
     moment,
     number,
+    plain,
     print_json,
 )
 from archfront.client import DEFAULT_DB, Front, Job
@@ -51,7 +53,7 @@ def jobs(db: Database = DEFAULT_DB, json: AsJson = False) -> None:
     table = Table("id", "name", "state", "done", "budget", "failed", "front", "created")
     for row in rows:
         done, failed = row["evaluations"]["done"], row["evaluations"]["failed"]
-        cells = [row["id"], row["name"], row["state"], done, row["budget"]["evaluations"], failed, row["front"]]
+        cells = [row["id"], escape(row["name"]), row["state"], done, row["budget"]["evaluations"], failed, row["front"]]
         table.add_row(*map(str, cells), moment(row["created_at"]))
     console.print(table if rows else f"{db} holds no job yet.")
 
@@ -68,7 +70,7 @@ def status(
         print_json(facts)
         return
     states = facts["evaluations"]
-    console.print(f"[bold]Job {facts['id']} {facts['name']}[/bold]: {facts['state']}", highlight=False)
+    console.print(f"[bold]Job {facts['id']} {escape(facts['name'])}[/bold]: {facts['state']}", highlight=False)
     if facts["reason"]:
         console.print(facts["reason"], highlight=False, markup=False, soft_wrap=True)
     console.print(
@@ -170,17 +172,19 @@ def _standard_output() -> Any:
 def _json(data: Any) -> str:
     import json
 
-    return json.dumps(data)
+    return json.dumps(plain(data))
 
 
 def _moment(text: str | None) -> int | datetime | None:
     if text is None:
         return None
-    if text.isdigit():
+    if text.isdecimal() and len(text) < 18:
         return int(text)
     try:
-        return datetime.fromisoformat(text)
-    except ValueError:
+        moment = datetime.fromisoformat(text)
+        moment.timestamp()
+        return moment
+    except (ValueError, OverflowError):
         raise InputError(
             "--at", text, "is neither an evaluation nor a time", "Give a number, or e.g. 2026-01-31T12:00:00."
         ) from None

@@ -71,7 +71,7 @@ def resume(
     found = Job(db, job, plugins=plugin or [])
     more = 0
     if budget is not None:
-        if not budget.startswith("+") or not budget[1:].isdigit() or int(budget[1:]) < 1:
+        if not budget.startswith("+") or not (budget[1:].isdecimal() and len(budget) < 12) or int(budget[1:]) < 1:
             raise InputError("--budget", budget, "is no addition", "Write +N with N of at least 1, e.g. +200.")
         more = int(budget[1:])
     if found.state == "cancelled":
@@ -150,6 +150,7 @@ class _Interrupt:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
+        errors.print("Stopping after this step; once more to stop at once. Nothing is lost.", highlight=False)
 
 
 @contextmanager
