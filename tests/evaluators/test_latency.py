@@ -234,6 +234,7 @@ def test_prepare_keys_tell_what_they_must(monkeypatch: pytest.MonkeyPatch) -> No
     assert Latency().prepare_key(context) not in keys
 
 
+@pytest.mark.slow
 def test_a_small_table_is_measured() -> None:
     table = make_table(SPACE, networks=4, processes=1, settings=QUICK)
     assert set(table.blocks) == {spec.descriptor for spec in SPACE.block_catalogue()}

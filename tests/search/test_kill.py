@@ -100,7 +100,9 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize(("name", "kills"), [("nsga2-halving-failures", 2), ("tpe", 1)])
+@pytest.mark.parametrize(
+    ("name", "kills"), [("nsga2-halving-failures", 2), pytest.param("tpe", 1, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_equals_unbroken(tmp_path: Path, plugin: Path, name: str, kills: int) -> None:
     counted = run_with_kills(tmp_path, JOBS[name], plugin, kills=kills, seed=1)
     assert_same_ledger(tmp_path, JOBS[name], plugin, counted)
