@@ -18,7 +18,7 @@ from archfront.db.connection import ledger_errors, now, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
-from archfront.db.schema import ColumnChunk, Evaluation, FrontMember, Job
+from archfront.db.schema import ColumnChunk, FrontMember, Job
 from archfront.errors import LeaseLostError, LedgerError
 
 _RETRY_S = (0.1, 0.5, 2.0, 5.0)
@@ -78,9 +78,6 @@ class JobWriter:
         while len(self._tail) >= CHUNK_ROWS:
             del self._tail[:CHUNK_ROWS]
         return cancel
-
-    def front_size(self, fidelity: int) -> int:
-        return len(self._fronts[fidelity]) if fidelity in self._fronts else 0
 
     def front_points(self, fidelity: int) -> Any:
         """Oriented objectives ``(members, m)`` of the front of a fidelity."""
@@ -258,9 +255,3 @@ class JobWriter:
         if not rows:
             return 0
         return connection.exec_driver_sql(statement.replace("?", self._mark), list(rows)).rowcount
-
-
-def unfinished(connection: Connection, job_id: int) -> list[int]:
-    """Numbers of the evaluations that are written ahead and not finished."""
-    running = sa.select(Evaluation.number).where(Evaluation.job_id == job_id, Evaluation.seq.is_(None))
-    return list(connection.execute(running.order_by(Evaluation.number)).scalars())

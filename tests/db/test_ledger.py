@@ -233,3 +233,28 @@ def test_a_busy_driver_keeps_its_lease(ledger: Ledger, job: int, monkeypatch: py
         other = ledger.begin_run(job, {})
         time.sleep(0.1)
         assert ledger.holder(job)["id"] == other  # type: ignore[index]
+
+
+def test_time_between_a_kill_and_the_resume_does_not_count(ledger: Ledger, job: int, writer: JobWriter) -> None:
+    writer.commit([ask(0, 0, 2)], [done(0, {"gain": 1.0, "cost": 1.0}), done(1, {"gain": 1.0, "cost": 1.0})])
+    with write(ledger.engine) as connection:
+        # The first run was killed 5 s after it began; the second began at 100 and lasted 10 s.
+        connection.exec_driver_sql("UPDATE runs SET started_at = 0")
+        connection.exec_driver_sql("UPDATE evaluations SET finished_at = 5 WHERE number = 0")
+        connection.exec_driver_sql("UPDATE evaluations SET finished_at = 108 WHERE number = 1")
+        connection.exec_driver_sql("UPDATE leases SET expires_at = 0")
+    second = ledger.begin_run(job, {})
+    with write(ledger.engine) as connection:
+        connection.exec_driver_sql(f"UPDATE runs SET started_at = 100, ended_at = 110 WHERE id = {second}")
+    assert ledger.history(job, SIGNS).elapsed_s == 15.0
+
+
+def test_a_stale_driver_keeps_no_finalist(ledger: Ledger, job: int, writer: JobWriter) -> None:
+    writer.commit([ask(0, 0, 1)], [done(0, {"gain": 1.0, "cost": 1.0})])
+    with write(ledger.engine) as connection:
+        connection.exec_driver_sql("UPDATE leases SET expires_at = 0")
+    other = ledger.begin_run(job, {})
+    with pytest.raises(LeaseLostError):
+        ledger.store_benchmark(job, writer.run_id, 0, "training", {}, {}, None)
+    ledger.store_benchmark(job, other, 0, "training", {}, {}, None)
+    assert len(ledger.benchmarks(job)) == 1
