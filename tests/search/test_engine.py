@@ -319,3 +319,23 @@ def test_what_an_evaluator_started_ends_with_it(tmp_path: Path) -> None:
         archfront.run(spec, db=tmp_path / "l.db", plugins=[tmp_path / "sleeping.py"])
     left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "4321"]]
     assert left == []
+
+
+def test_a_failed_job_gets_another_chance(tmp_path: Path) -> None:
+    """Its plug-in was mended: the failures of before do not end it again."""
+    path = tmp_path / "odd.py"
+    path.write_text(ODD.replace("if number % 16 == 15", "if True"))
+    spec = synthetic_job(60) | {"evaluators": [{"name": "odd"}]}
+    with pytest.raises(JobFailedError):
+        archfront.run(spec, db=tmp_path / "l.db", plugins=[path])
+    path.write_text(ODD)
+    job = archfront.Job(tmp_path / "l.db", plugins=[path])
+    assert job.resume(accept_changes=lambda _: True) == "budget"
+    assert job.status()["evaluations"]["done"] > 0
+
+
+def test_a_metric_may_not_be_named_like_a_column(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD.replace('"gain"', '"seq"'))
+    spec = synthetic_job(4) | {"evaluators": [{"name": "odd"}], "objectives": [{"metric": "seq", "direction": "max"}]}
+    with pytest.raises(InputError, match="column of every evaluation"):
+        archfront.run(spec, db=tmp_path / "l.db", plugins=[tmp_path / "odd.py"])
