@@ -52,7 +52,10 @@ def load_into(registries: Mapping[str, Registry[Any]], plugins: Sequence[Plugin]
     """
     for plugin in plugins:
         module = types.ModuleType(f"archfront_plugin_{plugin.digest}")
-        if module.__name__ in sys.modules:
+        loaded = sys.modules.get(module.__name__)
+        if loaded is not None:
+            # Another version of the file may have taken its names since.
+            _register(registries, plugin, getattr(loaded, _VARIABLE, None))
             continue
         module.__file__ = plugin.name
         # Classes look their module up by name: typing.get_type_hints does, for one.
