@@ -11,5 +11,6 @@ SPACES: Registry[Space] = Registry(
         "fbnet": "archfront.spaces.fbnet:FBNet",
         "fbnet-tiny": "archfront.spaces.fbnet:FBNetTiny",
         "choices": "archfront.spaces.choices:Choices",
+        "recorded": "archfront.spaces.recorded:Recorded",
     },
 )
