@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,33 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from archfront.errors import InputError, LedgerError, MissingExtraError
 
 _BUSY_TIMEOUT_MS = 30_000
+PATIENCE_S = 60.0
+"""How long a database may be away before its users give up (resumable)."""
+
+# A server whose host vanished is noticed within half a minute instead of TCP's quarter of an hour.
+_POSTGRES_ARGUMENTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+    "application_name": "archfront",
+}
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
 
 
@@ -56,8 +79,10 @@ def open_engine(text: str, *, create: bool, check_schema: bool = True) -> Engine
     url = parse_url(text)
     if url.get_backend_name() == "sqlite":
         _check_sqlite_file(url, create=create)
+    server = url.get_backend_name() != "sqlite"
     try:
-        engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+        arguments = _POSTGRES_ARGUMENTS if server else {}
+        engine = sa.create_engine(url, pool_pre_ping=server, connect_args=arguments, hide_parameters=True)
     except ModuleNotFoundError:
         raise MissingExtraError("PostgreSQL", "postgres") from None
     if url.get_backend_name() == "sqlite":
@@ -87,6 +112,37 @@ def ledger_errors(text: str) -> Iterator[None]:
         else:
             raise
         raise LedgerError(f"--db: {text!r} cannot be used: {cause}. {remedy}") from error
+
+
+class Patience:
+    """Waiting for a database that is busy, restarts or cannot be reached for a while.
+
+    Attributes:
+        begun: whether there was anything to wait for.
+    """
+
+    def __init__(self, seconds: float = PATIENCE_S) -> None:
+        self.begun = False
+        self._pause = 0.05
+        self._until = time.monotonic() + seconds
+
+    def wait_or_raise(self, error: DBAPIError, text: str) -> None:
+        """Wait a little longer each time.
+
+        Raises:
+            LedgerError: it took too long, or no waiting will help.
+        """
+        if isinstance(error, (IntegrityError, ProgrammingError, DataError)):
+            raise error
+        passing = isinstance(error, (OperationalError, InterfaceError)) or error.connection_invalidated
+        words = str(error.orig)
+        hopeless = any(sign in words for sign in ("full", "disk I/O", "malformed", "not a database", "readonly"))
+        if not passing or hopeless or time.monotonic() > self._until:
+            with ledger_errors(text):
+                raise error
+        self.begun = True
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, 2.0)
 
 
 def write(engine: Engine) -> Any:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from archfront.db.columns import load_columns
-from archfront.db.connection import ledger_errors, now, open_engine, write
+from archfront.db.connection import Patience, ledger_errors, now, open_engine, write
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, History, StoredEvaluation
 from archfront.db.schema import (
@@ -31,6 +32,8 @@ from archfront.db.schema import (
 )
 from archfront.db.writer import JobWriter
 from archfront.errors import InputError, JobBusyError, LeaseLostError
+
+T = TypeVar("T")
 
 
 class Ledger:
@@ -52,7 +55,23 @@ class Ledger:
     def close(self) -> None:
         self.engine.dispose()
 
-    def create_job(self, name: str, spec: Mapping[str, Any], space_digest: str) -> int:
+    def create_job(
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        space_digest: str,
+        *,
+        managed: bool = False,
+        work_digest: str | None = None,
+        files: str | None = None,
+    ) -> int:
+        """Enter a job, queued.
+
+        Args:
+            managed: for a controller to drive.
+            work_digest: jobs of the same one measure the same of a candidate.
+            files: where its checkpoints go, if that is settled.
+        """
         with ledger_errors(self.url), write(self.engine) as connection:
             values = {
                 "name": name,
@@ -61,6 +80,9 @@ class Ledger:
                 "state": "queued",
                 "cancel_requested": False,
                 "created_at": now(connection),
+                "managed": managed,
+                "work_digest": work_digest,
+                "files": files,
             }
             return int(connection.execute(sa.insert(Job).values(values).returning(Job.id)).scalar_one())
 
@@ -86,12 +108,36 @@ class Ledger:
 
     def job(self, job_id: int) -> dict[str, Any]:
         """The row of a job as a mapping."""
-        with self.engine.connect() as connection:
-            return dict(connection.execute(sa.select(Job).where(Job.id == job_id)).mappings().one())
+        query = sa.select(Job).where(Job.id == job_id)
+        return self.read(lambda connection: dict(connection.execute(query).mappings().one()))
 
-    def set_spec(self, job_id: int, spec: Mapping[str, Any]) -> None:
-        with write(self.engine) as connection:
-            connection.execute(sa.update(Job).where(Job.id == job_id).values(spec=dict(spec)))
+    def change_job(self, job_id: int, **values: Any) -> None:
+        """Set columns of a job."""
+        self._write(lambda connection: connection.execute(sa.update(Job).where(Job.id == job_id).values(**values)))
+
+    def read(self, step: Callable[[Connection], T]) -> T:
+        """Run a step that only reads; a server that is away is waited for.
+
+        Raises:
+            LedgerError: it was away for too long.
+        """
+        waited = Patience()
+        while True:
+            try:
+                with self.engine.connect() as connection:
+                    return step(connection)
+            except DBAPIError as error:
+                waited.wait_or_raise(error, self.url)
+
+    def _write(self, step: Callable[[Connection], T]) -> T:
+        """The same for a step that writes, and may be done twice without harm."""
+        waited = Patience()
+        while True:
+            try:
+                with write(self.engine) as connection:
+                    return step(connection)
+            except DBAPIError as error:
+                waited.wait_or_raise(error, self.url)
 
     def request_cancel(self, job_id: int) -> bool:
         """Ask a job to stop for good. Returns whether a driver is at work and will do it; else it is done here."""
@@ -116,63 +162,81 @@ class Ledger:
             ended = sa.update(Evaluation).where(mine, Evaluation.number == number)
             connection.execute(ended.values(state="cancelled", seq=seq, finished_at=moment))
 
-    def begin_run(self, job_id: int, code: Mapping[str, Any]) -> int:
+    def begin_run(self, job_id: int, code: Mapping[str, Any], *, claim: bool = False) -> int:
         """Take the lease of a job for this process.
 
+        Args:
+            claim: as a controller does, on nobody's order: a cancel that was asked for stays asked for, and a job that
+                another controller is just looking at counts as busy instead of being waited for.
+
         Raises:
-            JobBusyError: another driver that is alive, or was until seconds ago, holds it.
+            JobBusyError: another driver that is alive, or was until seconds ago, holds it; or it came to its end.
         """
         with ledger_errors(self.url), write(self.engine) as connection:
-            holder = self._live_lease(connection, job_id)
-            moment = now(connection)
+            locked = sa.select(Job.state).where(Job.id == job_id).with_for_update(skip_locked=claim)
+            state = connection.execute(locked).scalar()
+            if claim and state not in ("queued", "running"):
+                raise JobBusyError(f"Job {job_id} was taken by another controller or has ended.")
+            holder = self._live_lease(connection, job_id, lock=True)
             if holder is not None:
                 raise JobBusyError(
                     f"Job {job_id} is being driven by process {holder['pid']} on {holder['host']} (run "
                     f"{holder['id']}). Watch it with `archfront status {job_id}`; a dead driver's job is free "
-                    f"{max(holder['expires_at'] - moment, 0):.0f} s from now."
+                    f"{max(holder['expires_at'] - now(connection), 0):.0f} s from now."
                 )
-            connection.execute(sa.delete(Lease).where(Lease.job_id == job_id))
-            run = {
-                "job_id": job_id,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "pid_started": psutil.Process().create_time(),
-                "code": dict(code),
-                "started_at": moment,
-            }
-            run_id = int(connection.execute(sa.insert(Run).values(run).returning(Run.id)).scalar_one())
-            connection.execute(sa.insert(Lease).values(job_id=job_id, run_id=run_id, expires_at=moment + LEASE_S))
-            connection.execute(
-                sa.update(Job)
-                .where(Job.id == job_id)
-                .values(state="running", reason=None, cancel_requested=False, finished_at=None)
-            )
-            return run_id
+            if not claim:
+                connection.execute(sa.update(Job).where(Job.id == job_id).values(cancel_requested=False))
+            return self._take(connection, job_id, code)
+
+    def claimable(self) -> list[int]:
+        """Managed jobs that nobody drives: queued, or left by a driver that is dead; the oldest first."""
+        free = sa.select(Job.id).where(Job.managed, Job.state.in_(("queued", "running"))).order_by(Job.id)
+
+        def step(connection: Connection) -> list[int]:
+            ids = connection.execute(free).scalars().all()
+            return [job_id for job_id in ids if self._live_lease(connection, job_id) is None]
+
+        return self.read(step)
+
+    def _take(self, connection: Connection, job_id: int, code: Mapping[str, Any]) -> int:
+        moment = now(connection)
+        connection.execute(sa.delete(Lease).where(Lease.job_id == job_id))
+        run = {
+            "job_id": job_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_started": psutil.Process().create_time(),
+            "code": dict(code),
+            "started_at": moment,
+        }
+        run_id = int(connection.execute(sa.insert(Run).values(run).returning(Run.id)).scalar_one())
+        connection.execute(sa.insert(Lease).values(job_id=job_id, run_id=run_id, expires_at=moment + LEASE_S))
+        begun = {"state": "running", "reason": None, "finished_at": None}
+        connection.execute(sa.update(Job).where(Job.id == job_id).values(begun))
+        return run_id
 
     def end_run(self, job_id: int, run_id: int, outcome: str, reason: str | None, job_state: str) -> None:
         """Give the lease back and write down how the run and the job ended."""
-        with write(self.engine) as connection:
+
+        def step(connection: Connection) -> None:
             moment = now(connection)
             connection.execute(sa.update(Run).where(Run.id == run_id).values(ended_at=moment, outcome=outcome))
             held = connection.execute(sa.delete(Lease).where(Lease.job_id == job_id, Lease.run_id == run_id)).rowcount
             if held:
-                finished_at = None if job_state == "running" else moment
-                connection.execute(
-                    sa.update(Job)
-                    .where(Job.id == job_id)
-                    .values(state=job_state, reason=reason, finished_at=finished_at)
-                )
+                finished_at = None if job_state in ("queued", "running") else moment
+                ended = {"state": job_state, "reason": reason, "finished_at": finished_at}
+                connection.execute(sa.update(Job).where(Job.id == job_id).values(ended))
+
+        self._write(step)
 
     def last_code(self, job_id: int) -> dict[str, Any] | None:
         """The code that the job's latest run recorded."""
         query = sa.select(Run.code).where(Run.job_id == job_id).order_by(Run.id.desc()).limit(1)
-        with self.engine.connect() as connection:
-            return connection.execute(query).scalar()
+        return self.read(lambda connection: connection.execute(query).scalar())
 
     def holder(self, job_id: int) -> dict[str, Any] | None:
         """The run that drives a job now, if one does."""
-        with self.engine.connect() as connection:
-            return self._live_lease(connection, job_id)
+        return self.read(lambda connection: self._live_lease(connection, job_id))
 
     def writer(self, job_id: int, run_id: int, objectives: Sequence[tuple[str, int]]) -> JobWriter:
         """The writer of a job; ``objectives`` are (metric, sign) with sign -1 for those to maximise."""
@@ -180,14 +244,16 @@ class Ledger:
 
     def history(self, job_id: int, objectives: Sequence[tuple[str, int]]) -> History:
         """All asks and results of a job, to replay."""
-        with self.engine.connect() as connection:
-            evaluations = self._evaluations(connection, job_id)
-            columns = load_columns(connection, job_id)
-            ask_rows = connection.execute(sa.select(AskRow).where(AskRow.job_id == job_id).order_by(AskRow.number))
-            asks = [_ask_record(row, evaluations) for row in ask_rows]
-            elapsed = self._elapsed(connection, job_id)
-            alone = sa.select(Attempt.number).where(Attempt.job_id == job_id, Attempt.attempt == 0)
-            suspects = set(connection.execute(alone).scalars())
+        return self.read(lambda connection: self._history(connection, job_id, objectives))
+
+    def _history(self, connection: Connection, job_id: int, objectives: Sequence[tuple[str, int]]) -> History:
+        evaluations = self._evaluations(connection, job_id)
+        columns = load_columns(connection, job_id)
+        ask_rows = connection.execute(sa.select(AskRow).where(AskRow.job_id == job_id).order_by(AskRow.number))
+        asks = [_ask_record(row, evaluations) for row in ask_rows]
+        elapsed = self._elapsed(connection, job_id)
+        alone = sa.select(Attempt.number).where(Attempt.job_id == job_id, Attempt.attempt == 0)
+        suspects = set(connection.execute(alone).scalars())
         done = columns["done"] == 1
         points = np.full((len(columns), len(objectives)), np.nan)
         for i, (name, sign) in enumerate(objectives):
@@ -205,8 +271,7 @@ class Ledger:
 
     def artifact(self, kind: str, key: str) -> dict[str, Any] | None:
         query = sa.select(Artifact.content).where(Artifact.kind == kind, Artifact.key == key)
-        with self.engine.connect() as connection:
-            return connection.execute(query).scalar()
+        return self.read(lambda connection: connection.execute(query).scalar())
 
     def store_artifact(self, kind: str, key: str, content: Mapping[str, Any], device: Mapping[str, Any] | None) -> None:
         """Keep what an evaluator prepared; the first of a key stays.
@@ -214,10 +279,13 @@ class Ledger:
         Args:
             device: fingerprint with its ``digest``, if it holds for one device only.
         """
-        with write(self.engine) as connection:
+
+        def step(connection: Connection) -> None:
             digest = self._store_device(connection, device)
             values = {"kind": kind, "key": key, "content": dict(content), "device": digest, "made_at": now(connection)}
             connection.execute(_insert_new(connection, Artifact, values))
+
+        self._write(step)
 
     def store_benchmark(
         self,
@@ -234,27 +302,20 @@ class Ledger:
         Raises:
             LeaseLostError: another run holds the job now; nothing was written.
         """
-        with ledger_errors(self.url), write(self.engine) as connection:
+
+        def step(connection: Connection) -> None:
             held = sa.select(Lease.run_id).where(Lease.job_id == job_id, Lease.run_id == run_id)
             if connection.execute(held).scalar() is None:
                 raise LeaseLostError(f"Job {job_id} is driven by another run now; this one stops.")
-            digest = self._store_device(connection, device)
-            connection.execute(
-                sa.insert(Benchmark).values(
-                    job_id=job_id,
-                    number=number,
-                    kind=kind,
-                    settings=dict(settings),
-                    content=dict(content),
-                    device=digest,
-                    measured_at=now(connection),
-                )
-            )
+            row = {"job_id": job_id, "number": number, "kind": kind, "settings": dict(settings)}
+            row |= {"content": dict(content), "device": self._store_device(connection, device)}
+            connection.execute(sa.insert(Benchmark).values(**row, measured_at=now(connection)))
+
+        self._write(step)
 
     def benchmarks(self, job_id: int) -> list[dict[str, Any]]:
         query = sa.select(Benchmark).where(Benchmark.job_id == job_id).order_by(Benchmark.id)
-        with self.engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+        return self.read(lambda connection: [dict(row) for row in connection.execute(query).mappings()])
 
     def _store_device(self, connection: Connection, device: Mapping[str, Any] | None) -> str | None:
         if device is None:
@@ -264,13 +325,14 @@ class Ledger:
         connection.execute(_insert_new(connection, Device, values))
         return digest
 
-    def _live_lease(self, connection: Connection, job_id: int) -> dict[str, Any] | None:
+    def _live_lease(self, connection: Connection, job_id: int, *, lock: bool = False) -> dict[str, Any] | None:
         query = (
             sa.select(Run.id, Run.host, Run.pid, Run.pid_started, Lease.expires_at)
             .join(Lease, Lease.run_id == Run.id)
             .where(Lease.job_id == job_id)
         )
-        row = connection.execute(query).mappings().first()
+        # Locked where it may be taken over: its holder could be prolonging it at this very moment.
+        row = connection.execute(query.with_for_update(of=Lease) if lock else query).mappings().first()
         if row is None or row["expires_at"] < now(connection):
             return None
         # A driver that was killed on this very host need not be waited for.

@@ -56,6 +56,7 @@ class FinishedRecord:
         objectives: oriented so that less is better, finite; None unless ``state`` is ``done``.
         violation: summed relative violation of the constraints, 0 if feasible; None unless ``done``.
         attempts: how many were made, this one included.
+        origin: (job, evaluation) whose result this is, if it was reused.
     """
 
     number: int
@@ -70,6 +71,7 @@ class FinishedRecord:
     duration_s: float | None = None
     error: str | None = None
     checkpoint: str | None = None
+    origin: tuple[int, int] | None = None
 
 
 @dataclass(slots=True, kw_only=True)

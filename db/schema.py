@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -53,7 +54,11 @@ class Base(DeclarativeBase):
 
 
 class Job(Base):
-    """One search. ``spec`` is the validated job file with every default written out."""
+    """One search. ``spec`` is the validated job file with every default written out.
+
+    ``managed`` jobs belong to controllers, others to the shell that runs them. Jobs of one ``work_digest`` measure the
+    same of a candidate, so that their results may serve each other. ``files`` is where checkpoints go.
+    """
 
     __tablename__ = "jobs"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -65,6 +70,9 @@ class Job(Base):
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
+    managed: Mapped[bool] = mapped_column(default=False, server_default=false())
+    work_digest: Mapped[str | None] = mapped_column(String(32), index=True)
+    files: Mapped[str | None] = mapped_column(Text)
     __table_args__ = (CheckConstraint(_one_of("state", JOB_STATES), name="state"),)
 
 
@@ -84,12 +92,30 @@ class Run(Base):
 
 
 class Lease(Base):
-    """Who drives a job: at most one run, until a moment by the database's clock."""
+    """Who drives a job: at most one run, until a moment by the database's clock.
+
+    ``commits`` counts the run's commits: after a lost connection it tells whether the last one took place.
+    """
 
     __tablename__ = "leases"
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     expires_at: Mapped[float]
+    commits: Mapped[int] = mapped_column(default=0, server_default="0")
+
+
+class Controller(Base):
+    """A controller and its last sign of life."""
+
+    __tablename__ = "controllers"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int]
+    ray: Mapped[str | None] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(Text)
+    started_at: Mapped[float]
+    seen_at: Mapped[float]
+    ended_at: Mapped[float | None]
 
 
 class AskRow(Base):
@@ -148,6 +174,26 @@ class Evaluation(Base):
         UniqueConstraint("job_id", "seq"),
         CheckConstraint(_one_of("state", EVALUATION_STATES), name="state"),
         CheckConstraint("(state = 'running') = (seq IS NULL)", name="seq"),
+        _CLUSTERED,
+    )
+
+
+class Reuse(Base):
+    """An evaluation whose result was taken from another job's: its origin, which was really evaluated."""
+
+    __tablename__ = "reuses"
+    job_id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    origin_job_id: Mapped[int]
+    origin_number: Mapped[int]
+    __table_args__ = (
+        ForeignKeyConstraint(["job_id", "number"], ["evaluations.job_id", "evaluations.number"], ondelete="CASCADE"),
+        ForeignKeyConstraint(
+            ["origin_job_id", "origin_number"],
+            ["evaluations.job_id", "evaluations.number"],
+            name="fk_reuses_origin",
+            ondelete="CASCADE",
+        ),
         _CLUSTERED,
     )
 
@@ -256,4 +302,6 @@ class Benchmark(Base):
     )
 
 
+Index("ix_evaluations_candidate_id", Evaluation.candidate_id)
+Index("ix_front_members_job_id_fidelity_left_seq", FrontMember.job_id, FrontMember.fidelity, FrontMember.left_seq)
 Index("ix_evaluations_job_id_fidelity_seq", Evaluation.job_id, Evaluation.fidelity, Evaluation.seq)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,17 +10,18 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from archfront.db.bulk import bulk_of
 from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_rows, to_matrix
-from archfront.db.connection import ledger_errors, now, write
+from archfront.db.connection import Patience, now, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
-from archfront.db.schema import ColumnChunk, FrontMember, Job
+from archfront.db.schema import ColumnChunk, FrontMember, Job, Lease
 from archfront.errors import LeaseLostError, LedgerError
 
-_RETRY_S = (0.1, 0.5, 2.0, 5.0)
+_KEY = ("job_id", "number")
 
 
 class JobWriter:
@@ -39,7 +39,7 @@ class JobWriter:
         self.run_id = run_id
         self._space_digest = space_digest
         self._objectives = list(objectives)
-        self._mark = "?" if engine.dialect.name == "sqlite" else "%s"
+        self._bulk = bulk_of(engine.dialect.name)
         with engine.connect() as connection:
             self._restore(connection)
 
@@ -62,16 +62,13 @@ class JobWriter:
         changes = self._front_changes(seqs, finished)
         tail_start = len(self._tail)
 
-        def step(connection: Connection) -> bool:
-            moment = now(connection)
-            self._prolong(connection, moment)
+        def step(connection: Connection, moment: float) -> None:
             self._write_asks(connection, asks, moment)
             self._write_attempts(connection, attempts, moment)
             del self._tail[tail_start:]
             self._write_finished(connection, seqs, finished, moment)
             self._write_front(connection, changes)
             self._pack_tail(connection)
-            return bool(connection.execute(sa.select(Job.cancel_requested).where(Job.id == self.job_id)).scalar_one())
 
         cancel = self._transact(step)
         self.next_seq += len(finished)
@@ -84,6 +81,8 @@ class JobWriter:
         return self._fronts[fidelity].points if fidelity in self._fronts else np.empty((0, len(self._objectives)))
 
     def _restore(self, connection: Connection) -> None:
+        mine = (Lease.job_id == self.job_id) & (Lease.run_id == self.run_id)
+        self._commits = connection.execute(sa.select(Lease.commits).where(mine)).scalar() or 0
         columns = load_columns(connection, self.job_id)
         self.next_seq = len(columns) + 1
         packed = connection.execute(
@@ -121,83 +120,87 @@ class JobWriter:
             changes += [(fidelity, change) for change in inserted]
         return changes
 
-    def _transact(self, step: Callable[[Connection], bool]) -> bool:
-        """Run a step in a write transaction, again after a passing fault of the database."""
-        for wait in (*_RETRY_S, None):
+    def _transact(self, step: Callable[[Connection, float], None]) -> bool:
+        """Run a step in a write transaction, once: a database that goes away is waited for, and asked whether the
+        commit that was under way took place. Returns whether the job is to be cancelled."""
+        waited = Patience()
+        while True:
             try:
                 with write(self._engine) as connection:
-                    return step(connection)
-            except OperationalError as error:
-                passing = "locked" in str(error) or "busy" in str(error)
-                if wait is None or not passing:
-                    with ledger_errors(str(self._engine.url)):
-                        raise
-                time.sleep(wait)
-        raise AssertionError("the loop returns or raises")
+                    moment, cancel = self._prolong(connection, again=waited.begun)
+                    if moment is not None:
+                        step(connection, moment)
+                self._commits += 1
+                return cancel
+            except DBAPIError as error:
+                waited.wait_or_raise(error, str(self._engine.url))
 
-    def _prolong(self, connection: Connection, moment: float) -> None:
-        updated = self._execute(
-            connection,
-            "UPDATE leases SET expires_at = ? WHERE job_id = ? AND run_id = ?",
-            [(moment + LEASE_S, self.job_id, self.run_id)],
-        )
-        if updated != 1:
+    def _prolong(self, connection: Connection, *, again: bool) -> tuple[float | None, bool]:
+        """Prolong and count on the lease. Returns the time by the database's clock, None if this very commit took
+        place before, and whether the job is to be cancelled."""
+        mine = (Lease.job_id == self.job_id) & (Lease.run_id == self.run_id)
+        state = sa.select(Lease.commits, Job.cancel_requested).join(Job, Job.id == Lease.job_id).where(mine)
+        # Held until the end of the transaction, so that nobody takes the lease over in between.
+        row = connection.execute(state.with_for_update(of=Lease)).first()
+        if row is not None and again and row.commits == self._commits + 1:
+            return None, bool(row.cancel_requested)
+        if row is None or row.commits != self._commits:
             raise LeaseLostError(
                 f"Job {self.job_id} is driven by another run now; this one stops. Nothing is lost: "
                 f"see `archfront status {self.job_id}`."
             )
+        moment = now(connection)
+        values = {"expires_at": moment + LEASE_S, "commits": self._commits + 1}
+        connection.execute(sa.update(Lease).where(mine).values(values))
+        return moment, bool(row.cancel_requested)
 
     def _write_asks(self, connection: Connection, asks: Sequence[AskRecord], moment: float) -> None:
-        self._execute(
+        if not asks:
+            return
+        self._bulk.insert(
             connection,
-            "INSERT INTO asks (job_id, number, told, first, count, source, memory, predictor, asked_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "asks",
+            ("job_id", "number", "told", "first", "count", "source", "memory", "predictor", "asked_at"),
             [
                 (self.job_id, a.number, a.told, a.first, a.count, a.source, json.dumps(a.memory), a.predictor, moment)
                 for a in asks
             ],
         )
-        self._execute(
+        proposed = [pair for ask in asks for pair in zip(ask.keys, ask.genotypes, strict=True)]
+        ids = self._bulk.candidates(connection, self._space_digest, proposed)
+        self._bulk.insert(
             connection,
-            "INSERT INTO candidates (space_digest, key, genotype) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            "evaluations",
+            ("job_id", "number", "ask", "candidate_id", "fidelity", "repeat", "state", "attempts"),
             [
-                (self._space_digest, key, json.dumps(genotype))
-                for ask in asks
-                for key, genotype in zip(ask.keys, ask.genotypes, strict=True)
-            ],
-        )
-        self._execute(
-            connection,
-            "INSERT INTO evaluations (job_id, number, ask, candidate_id, fidelity, repeat, state, attempts) "
-            "VALUES (?, ?, ?, (SELECT id FROM candidates WHERE space_digest = ? AND key = ?), ?, ?, 'running', 0)",
-            [
-                (self.job_id, ask.first + i, ask.number, self._space_digest, key, ask.fidelities[i], ask.repeats[i])
+                (self.job_id, ask.first + i, ask.number, ids[key], ask.fidelities[i], ask.repeats[i], "running", 0)
                 for ask in asks
                 for i, key in enumerate(ask.keys)
             ],
         )
 
     def _write_attempts(self, connection: Connection, attempts: Sequence[AttemptRecord], moment: float) -> None:
-        self._execute(
+        self._bulk.insert(
             connection,
-            "INSERT INTO attempts (job_id, number, attempt, kind, message, traceback, worker, failed_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "attempts",
+            ("job_id", "number", "attempt", "kind", "message", "traceback", "worker", "failed_at"),
             [(self.job_id, a.number, a.attempt, a.kind, a.message, a.traceback, a.worker, moment) for a in attempts],
         )
-        self._execute(
-            connection,
-            "UPDATE evaluations SET attempts = ? WHERE job_id = ? AND number = ?",
-            [(a.attempt, self.job_id, a.number) for a in attempts],
-        )
+        latest = {a.number: a.attempt for a in attempts}
+        rows = [(attempt, self.job_id, number) for number, attempt in latest.items()]
+        self._bulk.update(connection, "evaluations", ("attempts",), _KEY, rows, "state = 'running'")
 
     def _write_finished(
         self, connection: Connection, seqs: Sequence[int], finished: Sequence[FinishedRecord], moment: float
     ) -> None:
-        updated = self._execute(
+        updated = self._bulk.update(
             connection,
-            "UPDATE evaluations SET state = ?, seq = ?, attempts = ?, violation = ?, worker = ?, started_at = ?, "
-            "finished_at = ?, duration_s = ?, error = ?, checkpoint = ? "
-            "WHERE job_id = ? AND number = ? AND state = 'running'",
+            "evaluations",
+            (
+                "state", "seq", "attempts", "violation", "worker", "started_at",
+                "finished_at", "duration_s", "error", "checkpoint",
+            ),
+            _KEY,
             [
                 (
                     f.state, seq, f.attempts, f.violation, f.worker, f.started_at,
@@ -205,18 +208,25 @@ class JobWriter:
                 )
                 for seq, f in zip(seqs, finished, strict=True)
             ],
+            "state = 'running'",
         )  # fmt: skip
         if updated != len(finished):
             raise LedgerError(f"Job {self.job_id}: an evaluation would be finished twice; nothing was written.")
-        self._execute(
+        self._bulk.insert(
             connection,
-            "INSERT INTO metrics (job_id, number, name, value, std, provenance, predictor, device) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "metrics",
+            ("job_id", "number", "name", "value", "std", "provenance", "predictor", "device"),
             [
                 (self.job_id, f.number, name, m.value if m.value == m.value else None, *m[1:])
                 for f in finished
                 for name, m in f.metrics.items()
             ],
+        )
+        self._bulk.insert(
+            connection,
+            "reuses",
+            ("job_id", "number", "origin_job_id", "origin_number"),
+            [(self.job_id, f.number, *f.origin) for f in finished if f.origin is not None],
         )
         for seq, f in zip(seqs, finished, strict=True):
             row = {name: m.value for name, m in f.metrics.items()}
@@ -225,16 +235,22 @@ class JobWriter:
             self._tail.append(row | dict(zip(FIXED, fixed, strict=True)))
 
     def _write_front(self, connection: Connection, changes: Sequence[tuple[int, FrontChange]]) -> None:
-        self._execute(
+        # Within one commit a member may enter and leave: it is inserted with both ends.
+        left = {(fidelity, c.number): c.seq for fidelity, c in changes if not c.entered}
+        entered = [
+            (self.job_id, fidelity, c.number, c.seq, left.pop((fidelity, c.number), None))
+            for fidelity, c in changes
+            if c.entered
+        ]
+        columns = ("job_id", "fidelity", "number", "entered_seq", "left_seq")
+        self._bulk.insert(connection, "front_members", columns, entered)
+        self._bulk.update(
             connection,
-            "INSERT INTO front_members (job_id, fidelity, number, entered_seq) VALUES (?, ?, ?, ?)",
-            [(self.job_id, fidelity, c.number, c.seq) for fidelity, c in changes if c.entered],
-        )
-        self._execute(
-            connection,
-            "UPDATE front_members SET left_seq = ? "
-            "WHERE job_id = ? AND fidelity = ? AND number = ? AND left_seq IS NULL",
-            [(c.seq, self.job_id, fidelity, c.number) for fidelity, c in changes if not c.entered],
+            "front_members",
+            ("left_seq",),
+            ("job_id", "fidelity", "number"),
+            [(seq, self.job_id, fidelity, number) for (fidelity, number), seq in left.items()],
+            "left_seq IS NULL",
         )
 
     def _pack_tail(self, connection: Connection) -> None:
@@ -249,9 +265,3 @@ class JobWriter:
                     job_id=self.job_id, first_seq=first, last_seq=last, names=names, data=data, digest=digest
                 )
             )
-
-    def _execute(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
-        """Run a statement for each row through the driver itself: the ORM costs several times more a row."""
-        if not rows:
-            return 0
-        return connection.exec_driver_sql(statement.replace("?", self._mark), list(rows)).rowcount

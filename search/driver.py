@@ -117,7 +117,7 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     run_id = ledger.begin_run(job_id, code)
     if options.more_evaluations:
         # Only now: whoever was refused has changed nothing.
-        ledger.set_spec(job_id, job.spec.model_dump(mode="json"))
+        ledger.change_job(job_id, spec=job.spec.model_dump(mode="json"))
     try:
         with kept_lease(ledger.engine, job_id, run_id):
             reason = _run(ledger, job_id, run_id, job, options)

@@ -108,7 +108,7 @@ class Recorder:
         words = f"recorded from {self._space.source}" if error is None else repr(error)
         spec = self._ledger.job(self.job_id)["spec"]
         spec["budget"]["evaluations"] = max(self._started, 1)
-        self._ledger.set_spec(self.job_id, spec)
+        self._ledger.change_job(self.job_id, spec=spec)
         self._ledger.end_run(self.job_id, self._run_id, outcome, words, state)
 
     def start(self, trials: Sequence[Trial]) -> list[int]:

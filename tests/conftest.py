@@ -1,7 +1,10 @@
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgres import Postgres, postgres_server
 
 PLUGIN = Path(__file__).parent / "plugins" / "synthetic.py"
 
@@ -10,6 +13,14 @@ PLUGIN = Path(__file__).parent / "plugins" / "synthetic.py"
 def plugin() -> Path:
     """The file of the synthetic evaluator."""
     return PLUGIN
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL for the session."""
+    # Not pytest's own folder: the path of a Unix socket may have about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="archfront-pg-") as folder, postgres_server(Path(folder)) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,19 @@ from pathlib import Path
 
 import pytest
 from ledger_rows import SIGNS, SPEC
+from postgres import Postgres
 
 from archfront.db.ledger import Ledger
 from archfront.db.writer import JobWriter
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A fresh ledger's URL."""
-    return f"sqlite:///{tmp_path}/ledger.db"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh ledger's URL, on each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.db"
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.ledger()
 
 
 @pytest.fixture
