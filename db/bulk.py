@@ -45,6 +45,9 @@ class Bulk(ABC):
     def candidates(self, connection: Connection, space_digest: str, rows: Sequence[tuple[str, Any]]) -> dict[str, int]:
         """Enter candidates ``(key, genotype)`` that are not there yet. Returns the ids of all by key."""
 
+    def refresh_plans(self, connection: Connection) -> None:
+        """Let the database look at how its tables have grown."""
+
 
 def bulk_of(dialect: str) -> Bulk:
     return SqliteBulk() if dialect == "sqlite" else PostgresBulk()
@@ -128,6 +131,11 @@ class PostgresBulk(Bulk):
                 "SELECT key, id FROM candidates WHERE space_digest = %s AND key = ANY(%s)", (space_digest, keys)
             )
             return dict(cursor.fetchall())
+
+    def refresh_plans(self, connection: Connection) -> None:
+        # Without statistics PostgreSQL takes every table for a tiny one and checks foreign keys by the wrong index, in
+        # time proportional to the job; its own housekeeping would look a minute later.
+        connection.exec_driver_sql("ANALYZE candidates, asks, evaluations, metrics, front_members")
 
 
 @contextmanager

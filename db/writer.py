@@ -23,6 +23,9 @@ from archfront.errors import LeaseLostError, LedgerError
 
 _KEY = ("job_id", "number")
 
+_FIRST_REFRESH, _REFRESH_GROWTH = 100, 10
+"""After how many results the database is told to look at its tables, and how much later again."""
+
 
 class JobWriter:
     """Writes the asks, results and front of one job for the run that holds its lease.
@@ -40,6 +43,7 @@ class JobWriter:
         self._space_digest = space_digest
         self._objectives = list(objectives)
         self._bulk = bulk_of(engine.dialect.name)
+        self._refresh_at = _FIRST_REFRESH
         with engine.connect() as connection:
             self._restore(connection)
 
@@ -69,9 +73,13 @@ class JobWriter:
             self._write_finished(connection, seqs, finished, moment)
             self._write_front(connection, changes)
             self._pack_tail(connection)
+            if self.next_seq + len(finished) > self._refresh_at:
+                self._bulk.refresh_plans(connection)
 
         cancel = self._transact(step)
         self.next_seq += len(finished)
+        while self.next_seq > self._refresh_at:
+            self._refresh_at *= _REFRESH_GROWTH
         while len(self._tail) >= CHUNK_ROWS:
             del self._tail[:CHUNK_ROWS]
         return cancel
