@@ -119,6 +119,10 @@ class Evaluator(ABC):
     fidelities: Sequence[int] | None = None
     """Fidelities in rising order, if this evaluator has them; at most one evaluator of a job may."""
 
+    on_device: bool = False
+    """Whether what it reports holds for the device that it runs on, as a latency does: in a job that names devices it
+    runs on workers of one."""
+
     @property
     @abstractmethod
     def metrics(self) -> Sequence[MetricSpec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,10 +20,8 @@ from archfront.plugins import Plugin
 from archfront.search.code_identity import changes, code_identity
 from archfront.search.engine import Engine, Progress, Seeding
 from archfront.search.executors.executor import Executor
-from archfront.search.executors.inline import InlineExecutor
-from archfront.search.executors.process import ProcessExecutor
-from archfront.search.executors.ray import RayExecutor
-from archfront.search.executors.ray_gateway import GatewayOptions
+from archfront.search.executors.factory import made_executor, threads_of
+from archfront.search.executors.ray_hub import RayHub
 from archfront.search.finalists import run_finalists
 from archfront.search.job import JobSpec, parse_spec
 from archfront.search.plugins import load_plugins
@@ -32,6 +29,7 @@ from archfront.search.resolve import ResolvedJob, resolve
 from archfront.search.worker import WorkerSetup
 
 _PREPARE_S = 1800.0
+_KEY_S = 180.0
 _OUTCOMES = {
     "budget": ("done", "its budget is spent"),
     "exhausted": ("done", "its strategy finds nothing new in the space"),
@@ -50,6 +48,8 @@ class DriveOptions:
         more_evaluations: to add to the job's budget, for good.
         accept_changes: asked what changed since the last run; true goes on. None refuses.
         ray_address: of a running Ray cluster; the environment's RAY_ADDRESS, or a cluster of this job's own, if None.
+        hub: a way to Ray that several jobs share, in place of the address.
+        claim: take the job as a controller does, on nobody's order.
         files: folder or URI for checkpoints; beside the database if None.
         observe: called after each commit.
         announce: called with a line on what happens now, before and after the search itself.
@@ -60,14 +60,22 @@ class DriveOptions:
     more_evaluations: int = 0
     accept_changes: Callable[[list[str]], bool] | None = None
     ray_address: str | None = None
+    hub: RayHub | None = None
+    claim: bool = False
     files: str | None = None
     observe: Callable[[Progress], None] = lambda _: None
     announce: Callable[[str], None] = lambda _: None
     stop: Callable[[], bool] = field(default=lambda: False)
 
 
-def submit(ledger: Ledger, document: Any, plugins: Sequence[Plugin] = ()) -> int:
+def submit(
+    ledger: Ledger, document: Any, plugins: Sequence[Plugin] = (), *, managed: bool = False, files: str | None = None
+) -> int:
     """Validate a job and enter it, queued. Returns its id.
+
+    Args:
+        managed: for a controller to drive.
+        files: folder or URI for checkpoints.
 
     Raises:
         InputError: the job cannot work; nothing was stored.
@@ -80,7 +88,8 @@ def submit(ledger: Ledger, document: Any, plugins: Sequence[Plugin] = ()) -> int
         # An id does not change its meaning, while a name or 'last' soon does.
         spec = spec.model_copy(update={"warm_start": spec.warm_start.model_copy(update={"job": source})})
         _warm_start(ledger, job, source, spec.warm_start.count if spec.warm_start else 0)
-    return ledger.create_job(spec.name, spec.model_dump(mode="json"), job.space.digest)
+    document = spec.model_dump(mode="json")
+    return ledger.create_job(spec.name, document, job.space.digest, managed=managed, files=files)
 
 
 def _extended(spec: JobSpec, evaluations: int) -> JobSpec:
@@ -114,7 +123,7 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
         )
     code = code_identity(options.plugins)
     _agree(ledger, job_id, code, options)
-    run_id = ledger.begin_run(job_id, code)
+    run_id = ledger.begin_run(job_id, code, claim=options.claim)
     if options.more_evaluations:
         # Only now: whoever was refused has changed nothing.
         ledger.change_job(job_id, spec=job.spec.model_dump(mode="json"))
@@ -146,34 +155,20 @@ def default_files(ledger: Ledger, job_id: int) -> str:
     return str(folder / "archfront-files" / f"job-{job_id}")
 
 
-def make_executor(spec: JobSpec, setup: WorkerSetup, ray_address: str | None) -> Executor:
-    workers = spec.workers
-    if workers.executor == "inline":
-        return InlineExecutor(setup)
-    if workers.executor == "process":
-        threads = max(1, int(workers.cpus))
-        return ProcessExecutor(setup, slots=workers.count, threads=threads, memory_mb=workers.memory_mb)
-    options = GatewayOptions(
-        address=ray_address or os.environ.get("RAY_ADDRESS"),
-        slots=workers.count,
-        cpus=workers.cpus,
-        gpus=workers.gpus,
-        memory_mb=workers.memory_mb,
-    )
-    return RayExecutor(setup, options)
-
-
 def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: DriveOptions) -> str:
-    files = options.files or default_files(ledger, job_id)
+    files = options.files or ledger.job(job_id)["files"] or default_files(ledger, job_id)
+    if options.files is not None:
+        # Where they are is the job's affair from now on: whoever takes it over finds them there.
+        ledger.change_job(job_id, files=files)
     setup = WorkerSetup(spec=job.spec.model_dump(mode="json"), plugins=list(options.plugins), files=files)
-    executor = make_executor(job.spec, setup, options.ray_address)
-    try:
+    with made_executor(
+        job.spec, setup, hub=options.hub, ray_address=options.ray_address, announce=options.announce
+    ) as executor:
         _prepare(ledger, job, executor, setup, options)
         executor.start()
-        writer = ledger.writer(job_id, run_id, job.signs)
         engine = Engine(
             job,
-            writer,
+            ledger.writer(job_id, run_id, job.signs),
             executor,
             ledger.history(job_id, job.signs),
             seedings=_seedings(ledger, job),
@@ -181,37 +176,29 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
             stop=options.stop,
         )
         reason = engine.run()
-        ended = _OUTCOMES[reason][0] == "done"
-        if ended and job.spec.finalists.count:
-            ended = run_finalists(
-                ledger,
-                job_id,
-                run_id,
-                job,
-                executor,
-                plugins=options.plugins,
-                announce=options.announce,
-                stop=lambda: options.stop() or _is_cancelled(ledger, job_id),
-            )
-            if not ended:
-                return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
-        return reason
-    finally:
-        executor.close()
+        if _OUTCOMES[reason][0] != "done" or not job.spec.finalists.count:
+            return reason
+        stop = lambda: options.stop() or _is_cancelled(ledger, job_id)  # noqa: E731
+        if run_finalists(ledger, job_id, run_id, job, executor, announce=options.announce, stop=stop):
+            return reason
+        return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
 
 
 def _prepare(ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions) -> None:
     """Give every worker what its evaluators need made once: from the ledger, or made now."""
-    threads = max(1, int(job.spec.workers.cpus))
-    context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads, files=setup.files)
     for name, evaluator in job.evaluators:
+        needs = job.spec.workers.needs_of(name)
+        context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads_of(needs), files=setup.files)
         key = evaluator.prepare_key(context)
+        if key is not None and needs.device is not None:
+            # It identifies the device, and that is where the worker is.
+            key = executor.call(name, "prepare_key", {}, _KEY_S)
         if key is None:
             continue
         artifact = ledger.artifact(name, key)
         if artifact is None:
             options.announce(f"preparing {name} (once for this device and space; kept in the ledger)")
-            artifact = executor.prepare(name, _PREPARE_S)
+            artifact = executor.call(name, "prepare", {}, _PREPARE_S)
             ledger.store_artifact(name, key, artifact, artifact.get("device"))
         setup.artifacts[name] = artifact
 

@@ -7,8 +7,7 @@ last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, front, job_objectives
 from archfront.evaluators.evaluator import Task
 from archfront.evaluators.latency.evaluator import Latency
-from archfront.evaluators.latency.measurement import measured_elsewhere
-from archfront.plugins import Plugin
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.resolve import ResolvedJob
 
@@ -50,7 +47,6 @@ def run_finalists(
     job: ResolvedJob,
     executor: Executor,
     *,
-    plugins: Sequence[Plugin],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
@@ -64,8 +60,8 @@ def run_finalists(
     ):
         return False
     # Nothing else of ours may run on the device while it is measured.
-    executor.close()
-    return _measure(ledger, job_id, run_id, job, finalists, plugins, announce, stop)
+    executor.rest()
+    return _measure(ledger, job_id, run_id, job, executor, finalists, announce, stop)
 
 
 def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
@@ -128,14 +124,16 @@ def _measure(
     job_id: int,
     run_id: int,
     job: ResolvedJob,
+    executor: Executor,
     finalists: list[dict[str, Any]],
-    plugins: Sequence[Plugin],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
     plan = job.spec.finalists
-    threads = next((e.threads for _, e in job.evaluators if isinstance(e, Latency)), 1)
-    space = job.spec.space
+    # On the device that the job's latency holds for, if it has one.
+    name, threads = next(
+        ((n, e.threads) for n, e in job.evaluators if isinstance(e, Latency)), (job.evaluators[0][0], 1)
+    )
     for backend in plan.backends:
         rows = finalists if backend == "eager" or plan.compiled is None else finalists[: plan.compiled]
         for batch in plan.batches:
@@ -148,15 +146,15 @@ def _measure(
             announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
             items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
             # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
-            timings, environment = measured_elsewhere(
-                space, items, threads=threads, timeout_s=_MEASURE_S, plugins=plugins
-            )
+            request = {"items": items, "threads": threads, "timeout_s": _MEASURE_S}
+            timings, environment = executor.call(name, "measure", request, 2 * _MEASURE_S)
             for row, timing in zip(missing, timings, strict=True):
-                content = _finite(asdict(timing)) | {"environment": environment}
+                content = _finite(timing) | {"environment": environment}
                 ledger.store_benchmark(
                     job_id, run_id, row["evaluation"], "latency", settings, content, environment["device"]
                 )
-                shown = timing.error or f"{timing.median_ms:.3f} ms [{timing.low_ms:.3f}, {timing.high_ms:.3f}]"
+                low, high = timing["low_ms"], timing["high_ms"]
+                shown = timing["error"] or f"{timing['median_ms']:.3f} ms [{low:.3f}, {high:.3f}]"
                 announce(f"finalist {row['key'][:8]}: {shown}")
     return True
 

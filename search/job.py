@@ -36,20 +36,50 @@ class Budget(_Section):
     hours: Annotated[float | None, Field(gt=0, description="driver hours, summed over resumes")] = None
 
 
-class Workers(_Section):
+class WorkerNeeds(_Section):
+    """What each worker of a class takes, and how many there are."""
+
+    count: Annotated[int, Field(ge=1, le=100_000, description="evaluations (or batches) made at the same time")] = 1
+    cpus: Annotated[float, Field(gt=0, description="cores, and threads, of each")] = 1
+    gpus: Annotated[float, Field(ge=0, description="GPUs of each; 0.25 lets four share one")] = 0
+    memory_mb: Annotated[int | None, Field(ge=64, description="of each; one that grows larger is stopped")] = None
+    resources: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]], Field(description="custom resources of Ray that each takes")
+    ] = {}
+    device: Annotated[
+        str | None,
+        Field(min_length=1, description="only on hosts that declare Ray's resource device:NAME, one at a time there"),
+    ] = None
+
+
+class WorkerClass(WorkerNeeds):
+    """Workers of another kind for some of the evaluators."""
+
+    evaluators: Annotated[list[str], Field(min_length=1, description="names of those that run there")]
+
+
+class Workers(WorkerNeeds):
     """Who evaluates."""
 
     executor: Annotated[
         Literal["ray", "process", "inline"],
         Field(description="ray: actors of a Ray cluster; process: child processes; inline: this process"),
     ] = "ray"
-    count: Annotated[int, Field(ge=1, description="evaluations (or batches of them) made at the same time")] = 1
-    cpus: Annotated[float, Field(gt=0, description="cores, and threads, of each")] = 1
-    gpus: Annotated[float, Field(ge=0, description="GPUs of each")] = 0
-    memory_mb: Annotated[int | None, Field(ge=64, description="a worker that grows larger is stopped")] = None
     timeout_s: Annotated[float, Field(gt=0, description="an evaluation that takes longer is stopped")] = 600
     attempts: Annotated[int, Field(ge=1, description="how often an evaluation is tried before it is failed")] = 3
     batch: Annotated[int | None, Field(ge=1, description="evaluations a call; the evaluators' own if not set")] = None
+    classes: Annotated[
+        dict[str, WorkerClass], Field(description="further kinds of workers by name, and the evaluators they run")
+    ] = {}
+
+    def class_of(self, evaluator: str) -> str | None:
+        """The class that runs an evaluator; None for the workers that the section itself describes."""
+        return next((name for name, kind in self.classes.items() if evaluator in kind.evaluators), None)
+
+    def needs_of(self, evaluator: str) -> WorkerNeeds:
+        """What the workers of an evaluator take."""
+        name = self.class_of(evaluator)
+        return self if name is None else self.classes[name]
 
 
 class Finalists(_Section):

@@ -105,6 +105,7 @@ def resolve(spec: JobSpec) -> ResolvedJob:
     context = EvaluationContext(space=space, data=spec.data, threads=max(1, int(spec.workers.cpus)))
     for _, evaluator in evaluators:
         evaluator.check(context)
+    _check_workers(spec, evaluators)
     metrics = _metrics(evaluators)
     fidelities = _fidelities(evaluators)
     for i, objective in enumerate(spec.objectives):
@@ -140,6 +141,31 @@ def build_evaluators(spec: JobSpec) -> list[tuple[str, Evaluator]]:
             raise InputError(f"evaluators.{i}.name", config["name"], "is given twice", "Give each evaluator once.")
         built.append((str(config["name"]), evaluator))
     return built
+
+
+def _check_workers(spec: JobSpec, evaluators: list[tuple[str, Evaluator]]) -> None:
+    workers = spec.workers
+    known = dict(evaluators)
+    placed: set[str] = set()
+    for name, kind in workers.classes.items():
+        for evaluator in kind.evaluators:
+            field = f"workers.classes.{name}.evaluators"
+            if evaluator not in known:
+                raise InputError(field, evaluator, "is no evaluator of this job", suggestion(evaluator, known))
+            if evaluator in placed:
+                raise InputError(field, evaluator, "runs in another class too", "Name it in one of them.")
+            placed.add(evaluator)
+    kinds = [workers, *workers.classes.values()]
+    if workers.executor != "ray" and (workers.classes or workers.resources or workers.device):
+        asked = next(name for name in ("classes", "resources", "device") if getattr(workers, name))
+        problem = f"are known to Ray alone, and the executor is {workers.executor!r}"
+        raise InputError(f"workers.{asked}", getattr(workers, asked), problem, "Choose `executor: ray`.")
+    if any(kind.device is not None for kind in kinds):
+        for name, built in evaluators:
+            if built.on_device and workers.needs_of(name).device is None:
+                problem = "measures a device, but runs on workers that name none, while others do"
+                remedy = "Name it in the `evaluators` of the class with the device."
+                raise InputError("workers.classes", name, problem, remedy)
 
 
 def _metrics(evaluators: list[tuple[str, Evaluator]]) -> dict[str, MetricSpec]:

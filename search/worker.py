@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, Provenance, Task
+from archfront.evaluators.latency.measurement import measured_elsewhere
 from archfront.plugins import Plugin
 from archfront.search.job import JobSpec
 from archfront.search.plugins import load_plugins
@@ -25,12 +26,16 @@ class WorkerSetup:
         plugins: the user's own files.
         artifacts: what the evaluators prepared, by name.
         files: folder or URI for checkpoints, or None.
+        threads: that an evaluation may use.
+        evaluators: names of those that this worker runs; all of the job if None.
     """
 
     spec: dict[str, Any]
     plugins: list[Plugin] = field(default_factory=list)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: str | None = None
+    threads: int = 1
+    evaluators: list[str] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,19 +65,31 @@ class Worker:
     def __init__(self, setup: WorkerSetup) -> None:
         load_plugins(setup.plugins)
         spec = JobSpec.model_validate(setup.spec)
-        self._evaluators = build_evaluators(spec)
+        chosen = setup.evaluators
+        self._evaluators = [(n, e) for n, e in build_evaluators(spec) if chosen is None or n in chosen]
+        self._space = spec.space
         self.context = EvaluationContext(
             space=SPACES.build(spec.space, "space"),
             data=spec.data,
-            threads=max(1, int(spec.workers.cpus)),
+            threads=setup.threads,
             files=setup.files,
             artifacts=setup.artifacts,
             plugins=setup.plugins,
         )
 
-    def prepare(self, name: str) -> dict[str, Any]:
-        """What an evaluator wants made before the first evaluation."""
-        return dict(self._evaluators)[name].prepare(self.context)
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any]) -> Any:
+        """What is to be done on a worker's host besides evaluations.
+
+        Args:
+            method: ``prepare_key`` and ``prepare`` of the evaluator, or ``measure``: networks timed alone, with the
+                arguments of ``measured_elsewhere`` (all but the space and the plug-ins, which are the job's).
+        """
+        if method == "measure":
+            plugins = self.context.plugins
+            timings, environment = measured_elsewhere(self._space, **arguments, plugins=plugins)
+            return [asdict(timing) for timing in timings], environment
+        found = dict(self._evaluators)[evaluator]
+        return found.prepare_key(self.context) if method == "prepare_key" else found.prepare(self.context)
 
     def evaluate(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Every evaluator on every task that has not failed yet, one outcome a task, in order."""

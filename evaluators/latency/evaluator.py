@@ -32,6 +32,7 @@ class Latency(Evaluator):
     """
 
     name: ClassVar[str] = "latency"
+    on_device = True
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import ArchfrontError
+from archfront.evaluators.latency.device import LOCAL_CPU
+from archfront.evaluators.latency.device_lock import device_lock
 from archfront.plugins import Plugin
 
 OUTLIER_DEVIATIONS = 6.0
@@ -205,7 +207,7 @@ def measured_elsewhere(
     timeout_s: float | None = None,
     plugins: Sequence[Plugin] = (),
 ) -> tuple[list[Timing], dict[str, Any]]:
-    """Measure in a fresh process.
+    """Measure in a fresh process, alone: another measurement on this host is waited for.
 
     Args:
         space: ``{"name": ..., <arguments>}`` of a registered space.
@@ -226,15 +228,16 @@ def measured_elsewhere(
     request["plugins"] = [asdict(plugin) for plugin in plugins]
     environment = {**os.environ, **{name: str(threads) for name in _THREAD_VARIABLES}}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", _PROCESS],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=timeout_s,
-            check=False,
-        )
+        with device_lock(LOCAL_CPU):
+            done = subprocess.run(
+                [sys.executable, "-m", _PROCESS],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=timeout_s,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise MeasurementError(f"The measuring process took longer than {timeout_s} s.") from None
     if done.returncode:

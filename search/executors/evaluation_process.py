@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,18 +48,9 @@ class EvaluationProcess:
         reply = self._call(("evaluate", list(tasks)), timeout_s)
         return reply if isinstance(reply, Failure) else list(reply)
 
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
-        """Run an evaluator's ``prepare``.
-
-        Raises:
-            JobFailedError: it failed.
-        """
-        reply = self._call(("prepare", name), timeout_s)
-        if isinstance(reply, Failure):
-            raise JobFailedError(
-                f"Preparing the evaluator {name!r} failed: {reply.message}\n{reply.traceback or ''}".rstrip()
-            )
-        return dict(reply)
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+        """``Worker.call`` there, or how it failed."""
+        return self._call(("call", (evaluator, method, dict(arguments))), timeout_s)
 
     def close(self) -> None:
         if self._child is not None:
@@ -130,6 +121,20 @@ class EvaluationProcess:
         return Failure(kind=kind, message=message, traceback=output or None)
 
 
+def checked_reply(reply: Any, evaluator: str, method: str) -> Any:
+    """The reply to a call.
+
+    Raises:
+        JobFailedError: it is a failure.
+    """
+    if not isinstance(reply, Failure):
+        return reply
+    doing = {"prepare": "Preparing", "prepare_key": "Identifying the device of", "measure": "Measuring with"}[method]
+    raise JobFailedError(
+        f"{doing} the evaluator {evaluator!r} failed: {reply.message}\n{reply.traceback or ''}".rstrip()
+    )
+
+
 def _exit_text(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
@@ -162,7 +167,7 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            reply: Any = worker.evaluate(argument) if kind == "evaluate" else worker.prepare(argument)
+            reply: Any = worker.evaluate(argument) if kind == "evaluate" else worker.call(*argument)
         except Exception as error:
             reply = Failure(kind="error", message=repr(error), traceback=traceback.format_exc())
         connection.send(reply)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,9 @@ class Executor(ABC):
     slots: int
 
     @abstractmethod
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
-        """Run one evaluator's ``prepare`` in a fresh worker; called before ``start``, so that nothing else runs.
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+        """Run ``Worker.call`` in a fresh worker of the kind that runs this evaluator, while no other works: before
+        ``start`` or after ``rest``.
 
         Raises:
             JobFailedError: it failed; the message has its traceback.
@@ -51,8 +52,17 @@ class Executor(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float) -> list[BatchResult]:
-        """The batches that ended: at once if some have, else as soon as one does, or none after ``timeout_s``."""
+        """The batches that ended: at once if some have, else as soon as one does, or none after ``timeout_s``.
+
+        Raises:
+            JobFailedError: this executor can never run the job.
+            WorkersUnreachableError: it could not for too long; the job is resumable.
+        """
 
     @abstractmethod
+    def rest(self) -> None:
+        """Stop all workers; batches under way are dropped. ``call`` still works."""
+
     def close(self) -> None:
-        """Stop all workers at once; batches under way are dropped."""
+        """Stop all workers at once, and whatever held them."""
+        self.rest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from archfront.evaluators.evaluator import Task
@@ -22,8 +22,8 @@ class InlineExecutor(Executor):
     def start(self) -> None:
         self._worker = Worker(self._setup)
 
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
-        return Worker(self._setup).prepare(name)
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+        return Worker(self._setup).call(evaluator, method, arguments)
 
     def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
         self._queue.append((batch, tasks))
@@ -34,5 +34,5 @@ class InlineExecutor(Executor):
         batch, tasks = self._queue.pop(0)
         return [BatchResult(batch=batch, worker="inline", outcomes=self._worker.evaluate(tasks))]
 
-    def close(self) -> None:
+    def rest(self) -> None:
         self._queue.clear()

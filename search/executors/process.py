@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from archfront.evaluators.evaluator import Task
-from archfront.search.executors.evaluation_process import EvaluationProcess
+from archfront.search.executors.evaluation_process import EvaluationProcess, checked_reply
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.worker import Failure, WorkerSetup
 
@@ -26,10 +26,10 @@ class ProcessExecutor(Executor):
         self._processes: list[EvaluationProcess] = []
         self._threads: list[threading.Thread] = []
 
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
         process = self._process()
         try:
-            return process.prepare(name, timeout_s)
+            return checked_reply(process.call(evaluator, method, arguments, timeout_s), evaluator, method)
         finally:
             process.close()
 
@@ -53,13 +53,14 @@ class ProcessExecutor(Executor):
             results.append(self._results.get())
         return results
 
-    def close(self) -> None:
+    def rest(self) -> None:
         for _ in self._threads:
             self._requests.put(None)
         for process in self._processes:
             process.kill()
         for thread in self._threads:
             thread.join(timeout=10)
+        self._threads, self._processes = [], []
 
     def _process(self) -> EvaluationProcess:
         return EvaluationProcess(self._setup, threads=self._cores, memory_mb=self._memory_mb)

@@ -1,115 +1,123 @@
-"""Evaluate on Ray, local or a cluster, through a gateway process that may die without harm."""
+"""Evaluate on Ray, local or a cluster."""
 
 from __future__ import annotations
 
-import os
+import pickle
+import queue
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from archfront.errors import JobFailedError
+from archfront.errors import JobFailedError, WorkersUnreachableError
 from archfront.evaluators.evaluator import Task
-from archfront.search.executors.child import Child
+from archfront.search.executors.evaluation_process import checked_reply
 from archfront.search.executors.executor import BatchResult, Executor
-from archfront.search.executors.ray_gateway import GatewayOptions
-from archfront.search.worker import Failure, WorkerSetup
+from archfront.search.executors.ray_hub import HubPool, RayHub
+from archfront.search.executors.ray_options import PoolOptions
+from archfront.search.worker import WorkerSetup
 
-_GATEWAY = "archfront.search.executors.ray_gateway"
-_RESTARTS = 5
+PATIENCE_S = 300.0
+"""How long a driver at somebody's terminal waits for Ray to come back."""
+
+_ATTEMPTS = 5
 
 
 class RayExecutor(Executor):
-    """Batches on Ray actors.
+    """Batches on the Ray actors of one pool.
 
-    When the gateway ends (its Ray head was lost, say), its batches come back as lost and a new gateway is started,
-    with growing pauses; a head that stays away fails the job after some minutes, resumable.
+    Args:
+        hub: the way to Ray; not closed here.
+        announce: called with a line on what the workers wait for.
+        patience_s: how long Ray may be away, or refuse us, before the run ends resumable; None for ever.
     """
 
-    def __init__(self, setup: WorkerSetup, options: GatewayOptions) -> None:
+    def __init__(
+        self,
+        hub: RayHub,
+        setup: WorkerSetup,
+        options: PoolOptions,
+        *,
+        announce: Callable[[str], None] = lambda _: None,
+        patience_s: float | None = PATIENCE_S,
+    ) -> None:
         self.slots = options.slots
         self._setup = setup
-        self._options = options
-        self._gateway: Child | None = None
-        self._started = False
-        self._failed_starts = 0
-        self._under_way: dict[int, tuple[Sequence[Task], float]] = {}
+        self._announce = announce
+        self._patience_s = patience_s
+        self._pool: HubPool = hub.open(options)
+        self._away_since: float | None = None
+        self._calls = 0
 
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
-        self._connect()
-        self._connection.send(("prepare", self._setup, name, timeout_s))
-        if not self._connection.poll(timeout_s + 120):
-            raise JobFailedError(f"Preparing the evaluator {name!r} took longer than {timeout_s:g} s.")
-        try:
-            reply = self._received()
-        except EOFError:
-            raise JobFailedError(f"Ray ended while {name!r} was prepared: {self._last_words()}") from None
-        if isinstance(reply, Failure):
-            raise JobFailedError(f"Preparing the evaluator {name!r} failed: {reply.message}")
-        return dict(reply)
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+        for _ in range(_ATTEMPTS):
+            self._calls += 1
+            setup = pickle.dumps(self._setup)
+            self._pool.call(self._calls, setup, evaluator, method, dict(arguments), timeout_s)
+            number, reply, lost = self._reply()
+            while number != self._calls:
+                number, reply, lost = self._reply()
+            if not lost:
+                return checked_reply(reply, evaluator, method)
+        raise WorkersUnreachableError(
+            f"{method} of {evaluator!r} was lost with its worker {_ATTEMPTS} times. Resume the job when Ray is well."
+        )
 
     def start(self) -> None:
-        self._connect()
-        self._connection.send(("start", self._setup))
-        self._started = True
+        self._pool.start(pickle.dumps(self._setup))
 
     def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
-        self._under_way[batch] = (tasks, timeout_s)
-        try:
-            self._connection.send(("evaluate", batch, tasks, timeout_s))
-        except OSError:
-            return  # the gateway is gone; wait() finds that out and hands the batch back
+        self._pool.evaluate(batch, tasks, timeout_s)
 
     def wait(self, timeout_s: float) -> list[BatchResult]:
         results: list[BatchResult] = []
-        try:
-            while self._connection.poll(0 if results else timeout_s):
-                result = self._received()
-                self._under_way.pop(result.batch, None)
-                results.append(result)
-        except (EOFError, OSError):
-            results += self._recover()
-        if results:
-            self._failed_starts = 0 if any(r.outcomes for r in results) else self._failed_starts
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                message = self._pool.inbox.get(timeout=0 if results else max(until - time.monotonic(), 0))
+            except (queue.Empty, ValueError):
+                break
+            kind, content = message
+            if kind == "result":
+                results.append(content)
+            else:
+                self._heed(kind, content)
+        if not results:
+            self._lose_patience()
         return results
 
-    def close(self) -> None:
-        if self._gateway is not None:
-            # The pipe's end tells the gateway to leave Ray in order; a local cluster ends with it.
-            self._gateway.close(grace_s=10)
-            self._gateway = None
+    def rest(self) -> None:
+        self._pool.rest()
 
-    def _received(self) -> Any:
-        kind, content = self._connection.recv()
+    def close(self) -> None:
+        self._pool.close()
+
+    def _reply(self) -> Any:
+        while True:
+            try:
+                kind, content = self._pool.inbox.get(timeout=1)
+            except queue.Empty:
+                self._lose_patience()
+                continue
+            if kind == "reply":
+                return content
+            self._heed(kind, content)
+
+    def _heed(self, kind: str, content: Any) -> None:
         if kind == "impossible":
             raise JobFailedError(f"{content} Ask for less, or name a cluster with --ray.")
-        return content
+        if kind == "refused" and self._patience_s is not None:
+            raise WorkersUnreachableError(f"{content}. Install the same on all hosts, then resume the job.")
+        if kind == "ready":
+            self._away_since = None
+        elif kind == "away":
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+            self._announce(f"Ray cannot be reached, trying again: {content.splitlines()[-1]}")
+        elif kind in ("notice", "refused"):
+            self._announce(content)
 
-    @property
-    def _connection(self) -> Connection:
-        assert self._gateway is not None
-        return self._gateway.connection
-
-    def _connect(self) -> None:
-        if self._gateway is None:
-            settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
-            self._gateway = Child(_GATEWAY, settings | os.environ)
-            self._connection.send(self._options)
-
-    def _recover(self) -> list[BatchResult]:
-        """A new gateway in place of one that ended; its batches are lost."""
-        words = self._last_words()
-        self.close()
-        self._failed_starts += 1
-        if self._failed_starts > _RESTARTS:
-            raise JobFailedError(f"Ray cannot be reached: {words}. Resume the job when it is back.")
-        time.sleep(min(2.0**self._failed_starts, 30))
-        self._connect()
-        if self._started:
-            self._connection.send(("start", self._setup))
-        lost = [BatchResult(batch=batch, worker="ray", lost=True) for batch in self._under_way]
-        self._under_way.clear()
-        return lost
-
-    def _last_words(self) -> str:
-        return (self._gateway.last_words() if self._gateway is not None else "") or "no message"
+    def _lose_patience(self) -> None:
+        if self._away_since is None or self._patience_s is None:
+            return
+        if time.monotonic() - self._away_since > self._patience_s:
+            raise WorkersUnreachableError("Ray cannot be reached. Resume the job when it is back.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from archfront.evaluators.evaluator import Task
@@ -35,7 +35,7 @@ class SimulatedExecutor(Executor):
     def start(self) -> None:
         heapq.heapify(self._idle)
 
-    def prepare(self, name: str, timeout_s: float) -> dict[str, Any]:
+    def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
         return {}
 
     def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
@@ -62,5 +62,5 @@ class SimulatedExecutor(Executor):
         heapq.heappush(self._idle, slot)
         return [result]
 
-    def close(self) -> None:
+    def rest(self) -> None:
         self._under_way.clear()

@@ -64,6 +64,12 @@ class JobFailedError(ArchfrontError):
     exit_code = 3
 
 
+class WorkersUnreachableError(ArchfrontError):
+    """No worker could be had for too long; nothing is wrong with the job, which is resumable."""
+
+    exit_code = 3
+
+
 class MissingExtraError(ArchfrontError):
     """A feature needs a package that is not installed."""
 
