@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from sqlalchemy.exc import (
 )
 
 from archfront.errors import InputError, LedgerError, MissingExtraError
+
+PASSWORD_FILE = "ARCHFRONT_DB_PASSWORD_FILE"
+"""Environment variable: a file with the password of a database URL that has none."""
 
 _BUSY_TIMEOUT_MS = 30_000
 PATIENCE_S = 60.0
@@ -59,10 +63,21 @@ def parse_url(text: str) -> URL:
     except ArgumentError:
         raise InputError("--db", text, "is no database URL", "Give a path or sqlite:///FILE.") from None
     if url.get_backend_name() == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
+        url = url.set(drivername="postgresql+psycopg", password=url.password or _password_of_file())
     elif url.get_backend_name() != "sqlite":
         raise InputError("--db", text, "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME.")
     return url
+
+
+def _password_of_file() -> str | None:
+    """What a secret of a container holds: passwords belong neither on command lines nor in the environment."""
+    path = os.environ.get(PASSWORD_FILE)
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InputError(PASSWORD_FILE, path, f"cannot be read ({error.strerror})", "Name a readable file.") from None
 
 
 def open_engine(text: str, *, create: bool, check_schema: bool = True) -> Engine:

@@ -113,7 +113,7 @@ class Ledger:
 
     def change_job(self, job_id: int, **values: Any) -> None:
         """Set columns of a job."""
-        self._write(lambda connection: connection.execute(sa.update(Job).where(Job.id == job_id).values(**values)))
+        self.write(lambda connection: connection.execute(sa.update(Job).where(Job.id == job_id).values(**values)))
 
     def read(self, step: Callable[[Connection], T]) -> T:
         """Run a step that only reads; a server that is away is waited for.
@@ -129,7 +129,7 @@ class Ledger:
             except DBAPIError as error:
                 waited.wait_or_raise(error, self.url)
 
-    def _write(self, step: Callable[[Connection], T]) -> T:
+    def write(self, step: Callable[[Connection], T]) -> T:
         """The same for a step that writes, and may be done twice without harm."""
         waited = Patience()
         while True:
@@ -227,7 +227,7 @@ class Ledger:
                 ended = {"state": job_state, "reason": reason, "finished_at": finished_at}
                 connection.execute(sa.update(Job).where(Job.id == job_id).values(ended))
 
-        self._write(step)
+        self.write(step)
 
     def last_code(self, job_id: int) -> dict[str, Any] | None:
         """The code that the job's latest run recorded."""
@@ -285,7 +285,7 @@ class Ledger:
             values = {"kind": kind, "key": key, "content": dict(content), "device": digest, "made_at": now(connection)}
             connection.execute(_insert_new(connection, Artifact, values))
 
-        self._write(step)
+        self.write(step)
 
     def store_benchmark(
         self,
@@ -311,7 +311,7 @@ class Ledger:
             row |= {"content": dict(content), "device": self._store_device(connection, device)}
             connection.execute(sa.insert(Benchmark).values(**row, measured_at=now(connection)))
 
-        self._write(step)
+        self.write(step)
 
     def benchmarks(self, job_id: int) -> list[dict[str, Any]]:
         query = sa.select(Benchmark).where(Benchmark.job_id == job_id).order_by(Benchmark.id)

@@ -140,9 +140,11 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
         text = str(error) if isinstance(error, ArchfrontError) else repr(error)
         # Where even this cannot be written (a full disk), the first error is the one to show.
         with suppress(SQLAlchemyError):
-            ledger.end_run(job_id, run_id, "interrupted", text, "running")
+            ledger.end_run(job_id, run_id, "interrupted", text, "queued" if options.claim else "running")
         raise
     state, words = _OUTCOMES[reason]
+    if options.claim and state == "running":
+        state, words = "queued", "its controller was stopped; it waits for another"
     ledger.end_run(job_id, run_id, reason, words, state)
     return reason
 

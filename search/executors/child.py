@@ -65,11 +65,16 @@ def parent_connection() -> Connection:
     return Connection(int(sys.argv[1]))
 
 
+def signal_with_parent(number: int) -> None:
+    """In the child: get this signal when the parent dies (on Linux; nothing elsewhere)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def end_with_parent() -> None:
     """In the child: end when the parent does, however that ends; no orphan works for nobody."""
     parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_with_parent(signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:

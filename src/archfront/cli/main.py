@@ -10,7 +10,7 @@ import click
 import typer
 
 from archfront import __version__
-from archfront.cli import catalog, database, keeping, reading, running
+from archfront.cli import catalog, cluster, database, keeping, reading, running
 from archfront.cli.common import EXIT_INPUT, EXIT_INTERRUPTED, errors, print_json
 from archfront.errors import ArchfrontError
 
@@ -24,6 +24,10 @@ for command in (
     running.run,
     running.resume,
     running.cancel,
+    cluster.submit,
+    cluster.controller,
+    cluster.controllers,
+    cluster.supervise,
     reading.jobs,
     reading.status,
     reading.front,
