@@ -41,7 +41,7 @@ for command in (
     catalog.validate,
 ):
     app.command()(command)
-app.add_typer(database.app, name="db", help="The schema of a ledger.")
+app.add_typer(database.app, name="db", help="A ledger as a whole: its schema, its soundness, its move.")
 
 
 def _version(wanted: bool) -> None:
