@@ -1,0 +1,33 @@
+"""One Ray for all tests of this folder, since starting it takes some seconds."""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Ray's own hygiene, in this process and whatever it starts. Not in the fixture: Ray reads some of it when imported.
+os.environ.update(
+    {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a running Ray to which this process is connected."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
