@@ -13,6 +13,7 @@ With one worker and a deterministic evaluator, a job that is killed anywhere and
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -143,11 +144,15 @@ class Engine:
                 self._observe(self._progress())
                 self._changed = False
             if not self._under_way:
-                return self._ending()
+                self._promote(last=True)
+                if not self._queue:
+                    return self._ending()
+                continue
             if self._stop():
                 return "stopped"
             for result in self._executor.wait(0.25):
                 self._take(result)
+            self._promote(last=False)
 
     def _ask_count(self) -> int:
         size = self._executor.slots * self._job.batch
@@ -166,6 +171,12 @@ class Engine:
         self._tell()
         ask = Ask(number=self._asks, count=count, first=self._asked, seed=self._job.spec.seed)
         source, proposals = self._proposals(ask)
+        self._enter(ask, source, proposals)
+        # A strategy with nothing to propose waits for the next result; with none to come, the space is exhausted.
+        self._blocked = not len(proposals)
+
+    def _enter(self, ask: Ask, source: str, proposals: Proposals) -> None:
+        """Write an ask ahead, and queue its evaluations."""
         keys = [key.hex() for key in self._job.space.keys(proposals.population)]
         genotypes = self._job.space.to_json(proposals.population)
         fidelities = proposals.fidelities.tolist()
@@ -188,8 +199,25 @@ class Engine:
             self._add_open(ask.first + offset, genotype, key, fidelity, 0)
         self._asks += 1
         self._asked += len(keys)
-        # A strategy with nothing to propose waits for the next result; with none to come, the space is exhausted.
-        self._blocked = not keys
+
+    def _promote(self, *, last: bool) -> None:
+        """Ask for the next fidelity of what the executor lets go on, while the budget lasts; each an ask of its own,
+        so that when results are told depends on their count alone."""
+        if not self._executor.decides:
+            return
+        following = dict(itertools.pairwise(self._job.fidelities))
+        for task in self._executor.promotions(last=last):
+            if self._asked >= self._job.spec.budget.evaluations or self._out_of_time():
+                return
+            population = self._job.space.from_json([task.genotype])
+            fidelity = following[task.fidelity]
+            # One that is to be tried again has not finished, and one that was asked for before may be said again.
+            if task.number in self._open or not self._strategy.is_new(population, fidelity)[0]:
+                continue
+            self._tell()
+            ask = Ask(number=self._asks, count=1, first=self._asked, seed=self._job.spec.seed)
+            proposals = Proposals(population=population, fidelities=np.array([fidelity], dtype=np.int64))
+            self._enter(ask, "scheduler", proposals)
 
     def _proposals(self, ask: Ask) -> tuple[str, Proposals]:
         """Foreign candidates first, then the strategy's."""
@@ -208,10 +236,12 @@ class Engine:
             self._untold = []
 
     def _add_open(self, number: int, genotype: Any, key: str, fidelity: int, repeat: int, attempts: int = 0) -> None:
-        seed = self._job.task_seed(key, repeat)
-        task = Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed)
-        self._open[number] = _Open(task, attempts)
+        self._open[number] = _Open(self._task(number, genotype, key, fidelity, repeat), attempts)
         heapq.heappush(self._queue, number)
+
+    def _task(self, number: int, genotype: Any, key: str, fidelity: int, repeat: int) -> Task:
+        seed = self._job.task_seed(key, repeat)
+        return Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed)
 
     # Dispatch and results.
 
@@ -384,8 +414,12 @@ class Engine:
             self._note(by_number[number].state, fidelity, points)
         # A job that failed is given another chance when it is resumed.
         self._failed_before = self._failed
-        last = history.asks[-1] if history.asks else None
+        last = next((ask for ask in reversed(history.asks) if ask.source != "scheduler"), None)
         self._blocked = last is not None and last.count == 0 and last.told == self._finished
+        if self._executor.decides:
+            found = [by_number[number] for number, *_ in rows]
+            tasks = [self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat) for e in found]
+            self._executor.recall([(task, points) for task, (_, _, points, _) in zip(tasks, rows, strict=True)])
         for e in history.evaluations:
             if e.seq is None:
                 self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)

@@ -99,6 +99,14 @@ class Halving(_Section):
     eta: Annotated[int, Field(ge=2, description="one in eta is promoted")] = 3
 
 
+class Tune(_Section):
+    """Ray Tune as the engine: its scheduler decides which candidates go on to the next fidelity."""
+
+    scheduler: Annotated[Named, Field(description="fifo, asha, hyperband or median_stopping_rule, with arguments")] = {
+        "name": "fifo"
+    }
+
+
 class WarmStart(_Section):
     """Begin with the best candidates of another job of this database."""
 
@@ -116,6 +124,10 @@ class JobSpec(_Section):
     objectives: Annotated[list[Objective], Field(min_length=1, max_length=8)]
     constraints: list[str] = []
     strategy: Named
+    engine: Annotated[Literal["archfront", "tune"], Field(description="tune: evaluations are trials of Ray Tune")] = (
+        "archfront"
+    )
+    tune: Tune = Tune()
     halving: Halving = Halving()
     budget: Budget
     workers: Workers = Workers()

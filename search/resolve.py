@@ -16,7 +16,7 @@ from archfront.errors import InputError, suggestion
 from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, MetricSpec
 from archfront.evaluators.registry import EVALUATORS
 from archfront.registry import validated_arguments
-from archfront.search.job import JobSpec
+from archfront.search.job import JobSpec, Tune
 from archfront.search.strategies.halving import with_halving
 from archfront.search.strategies.registry import STRATEGIES
 from archfront.search.strategy import Problem, Strategy
@@ -64,7 +64,7 @@ class ResolvedJob:
     def strategy(self) -> Strategy:
         """A fresh strategy of this job, wrapped for several fidelities where there are some."""
         strategy = STRATEGIES.build(self.spec.strategy, "strategy", _problem=self.problem)
-        if len(self.fidelities) > 1:
+        if len(self.fidelities) > 1 and self.spec.engine == "archfront":
             return with_halving(strategy, self.problem, eta=self.spec.halving.eta)
         return strategy
 
@@ -125,10 +125,11 @@ def resolve(spec: JobSpec) -> ResolvedJob:
         Condition(spec.finalists.where, metrics, "finalists.where")
     problem = Problem(space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed)
     _check_strategy(spec, problem)
+    _check_engine(spec, fidelities)
     batch = spec.workers.batch or max(1, min(evaluator.batch_size for _, evaluator in evaluators))
     return ResolvedJob(
         spec=spec, space=space, evaluators=evaluators, metrics=metrics, constraints=constraints,
-        fidelities=fidelities, problem=problem, batch=batch,
+        fidelities=fidelities, problem=problem, batch=1 if spec.engine == "tune" else batch,
     )  # fmt: skip
 
 
@@ -166,6 +167,27 @@ def _check_workers(spec: JobSpec, evaluators: list[tuple[str, Evaluator]]) -> No
                 problem = "measures a device, but runs on workers that name none, while others do"
                 remedy = "Name it in the `evaluators` of the class with the device."
                 raise InputError("workers.classes", name, problem, remedy)
+
+
+def _check_engine(spec: JobSpec, fidelities: tuple[int, ...]) -> None:
+    if spec.engine == "archfront":
+        if spec.tune != Tune():
+            problem = "is given, but the job's engine is 'archfront'"
+            raise InputError("tune", spec.tune.model_dump(), problem, "Set `engine: tune`, or drop it.")
+        return
+    if spec.workers.executor != "ray":
+        problem = "cannot be used with `engine: tune`, which runs on Ray"
+        raise InputError("workers.executor", spec.workers.executor, problem, "Choose `executor: ray`.")
+    if spec.workers.classes:
+        problem = "cannot be used with `engine: tune`: all steps of a trial run on one kind of worker"
+        raise InputError("workers.classes", sorted(spec.workers.classes), problem, "Use the archfront engine.")
+    if spec.workers.batch not in (None, 1):
+        problem = "cannot be used with `engine: tune`: a trial is one candidate"
+        raise InputError("workers.batch", spec.workers.batch, problem, "Leave it out.")
+    # Importing Tune takes a second, which other jobs need not spend.
+    from archfront.search.tune.schedulers import scheduler_settings
+
+    scheduler_settings(spec.tune.scheduler, [(o.metric, o.direction) for o in spec.objectives], fidelities)
 
 
 def _metrics(evaluators: list[tuple[str, Evaluator]]) -> dict[str, MetricSpec]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from archfront.evaluators.evaluator import Task
 from archfront.search.worker import Failure, Outcome
@@ -33,6 +33,10 @@ class Executor(ABC):
 
     slots: int
 
+    decides: ClassVar[bool] = False
+    """Whether it says which candidates go on to the next fidelity, in the place of the strategy's successive halving;
+    ``recall`` and ``promotions`` are then used."""
+
     @abstractmethod
     def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
         """Run ``Worker.call`` in a fresh worker of the kind that runs this evaluator, while no other works: before
@@ -45,6 +49,18 @@ class Executor(ABC):
     @abstractmethod
     def start(self) -> None:
         """Bring the workers up, or begin to."""
+
+    def recall(self, past: Sequence[tuple[Task, Sequence[float] | None]]) -> None:
+        """Before the first batch: what finished in earlier runs, in order of commit, with the oriented objectives;
+        None where it failed."""
+
+    def promotions(self, *, last: bool) -> list[Task]:
+        """Finished tasks whose candidates go on, each said once in a run at least.
+
+        Args:
+            last: nothing is under way; wait until nothing more can follow from what finished.
+        """
+        return []
 
     @abstractmethod
     def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:

@@ -16,6 +16,9 @@ from archfront.search.executors.ray_hub import RayHub
 from archfront.search.executors.ray_options import PoolOptions
 from archfront.search.executors.staged import StagedExecutor
 from archfront.search.job import JobSpec, WorkerNeeds
+from archfront.search.resolve import resolve
+from archfront.search.tune.executor import TuneExecutor
+from archfront.search.tune.options import TuneOptions
 from archfront.search.worker import WorkerSetup
 
 
@@ -45,6 +48,12 @@ def made_executor(
             process = ProcessExecutor(setup, slots=workers.count, threads=setup.threads, memory_mb=workers.memory_mb)
             yield held.enter_context(closing(process))
             return
+        if spec.engine == "tune":
+            address = hub.address if hub is not None else ray_address or os.environ.get("RAY_ADDRESS")
+            options = _tune_options(spec, address)
+            patience = PATIENCE_S if hub is None else None
+            yield held.enter_context(closing(TuneExecutor(options, setup, announce=announce, patience_s=patience)))
+            return
         kinds = _kinds(spec)
         patience_s = PATIENCE_S if hub is None else None
         if hub is None:
@@ -71,6 +80,27 @@ def _kinds(spec: JobSpec) -> list[tuple[WorkerNeeds, list[str]]]:
         kind = spec.workers.class_of(name)
         kinds.setdefault(kind, (spec.workers.needs_of(name), []))[1].append(name)
     return list(kinds.values())
+
+
+def _tune_options(spec: JobSpec, address: str | None) -> TuneOptions:
+    # Importing Tune takes a second, which other jobs need not spend.
+    from archfront.search.tune.schedulers import scheduler_settings
+
+    job = resolve(spec)
+    objectives = [(o.metric, o.direction) for o in spec.objectives]
+    scheduler = scheduler_settings(spec.tune.scheduler, objectives, job.fidelities)
+    cores = math.ceil(spec.workers.count * spec.workers.cpus)
+    return TuneOptions(
+        address=address,
+        local_cpus=max(os.cpu_count() or 1, cores),
+        pool=_options(spec.workers),
+        scheduler=scheduler,
+        objectives=job.signs,
+        metric=scheduler.get("metric"),
+        needed=sorted({o.metric for o in spec.objectives} | {c.metric for c in job.constraints}),
+        fidelities=job.fidelities,
+        seed=spec.seed,
+    )
 
 
 def _options(needs: WorkerNeeds) -> PoolOptions:

@@ -87,6 +87,11 @@ class RayHub:
         self._thread.start()
 
     @property
+    def address(self) -> str | None:
+        """Of the cluster; None for one of its own."""
+        return self._options.address
+
+    @property
     def ready(self) -> bool:
         """Whether Ray is reached now."""
         return self._ready
