@@ -37,6 +37,8 @@ class Ending:
     Attributes:
         number: as ``start`` gave it.
         metrics: by name; all of the job's objectives if it is done.
+        std: deviations of some of them.
+        provenance: of those that were not measured.
         error: why it failed, or None.
         cancelled: ended by the tool before it had a result.
         violation: summed violation of constraints, 0 if feasible.
@@ -44,6 +46,8 @@ class Ending:
 
     number: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    std: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     cancelled: bool = False
     violation: float = 0.0
@@ -151,7 +155,12 @@ class Recorder:
             fidelity=self._fidelity.pop(ending.number),
             state="cancelled" if ending.cancelled else "done" if done else "failed",
             attempts=1,
-            metrics={n: MetricValue(float(v), None, "measured", None, None) for n, v in ending.metrics.items()},
+            metrics={
+                name: MetricValue(
+                    float(value), ending.std.get(name), ending.provenance.get(name, "measured"), None, None
+                )
+                for name, value in ending.metrics.items()
+            },
             objectives=[sign * ending.metrics[name] for name, sign in self._signs] if done else None,
             violation=ending.violation if done else None,
             worker=ending.worker,

@@ -176,12 +176,27 @@ class Job:
 
         Returns:
             why it ended.
+
+        Raises:
+            InputError: it was recorded from another tool.
         """
         from archfront.plugins import read_plugins
         from archfront.search.driver import DriveOptions, drive
 
+        self.refuse_recorded()
         settings = DriveOptions(plugins=read_plugins(self.plugins), more_evaluations=evaluations, **options)
         return drive(self.ledger, self.id, settings)
+
+    def refuse_recorded(self) -> None:
+        """Nothing here can go on with what another tool proposed.
+
+        Raises:
+            InputError: the job was recorded or imported from one.
+        """
+        space = self.spec["space"]
+        if space["name"] == "recorded":
+            remedy = f"Go on with it in {space['source']}, and record or import that as a new job."
+            raise InputError("JOB", self.name, f"was recorded from {space['source']} and cannot be resumed", remedy)
 
     def cancel(self) -> bool:
         """End the job for good. Returns whether a driver is at work and will do it within seconds."""

@@ -9,20 +9,48 @@ import typer
 
 from archfront.cli.common import AsJson, Database, JobReference, PluginFiles, console, print_json
 from archfront.client import DEFAULT_DB, Job
+from archfront.errors import InputError
 
 
 def export(
     job: JobReference,
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Evaluation number, or the key's beginning.")],
-    to: Annotated[Path, typer.Option(help="FILE.json, FILE.safetensors or FILE.pt2 (torch.export).")],
+    candidate: Annotated[
+        str | None,
+        typer.Argument(metavar="[CANDIDATE]", help="Evaluation number, or the key's beginning.", show_default=False),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Of a candidate: FILE.json, FILE.safetensors or FILE.pt2 (torch.export). Of the whole job: "
+            "optuna:URL (or a journal's path), tensorboard:FOLDER, csv:FOLDER or parquet:FOLDER."
+        ),
+    ] = "",
     db: Database = DEFAULT_DB,
     plugin: PluginFiles = None,
     json: AsJson = False,
 ) -> None:
-    """Write one candidate: its genotype and metrics, its weights, or its exported program."""
+    """Write one candidate (genotype, weights or program), or a whole job for other tools."""
     from archfront.export import export_candidate
+    from archfront.interchange.registry import FORMS, export_job, scheme_of
 
-    written = export_candidate(Job(db, job, plugins=plugin or []), candidate, to)
+    if not to:
+        raise InputError("--to", to, "names no place", f"Name a file for a candidate, or for the job {FORMS}.")
+    scheme = scheme_of(to)
+    found = Job(db, job, plugins=plugin or [])
+    if candidate is None:
+        if scheme is None:
+            remedy = f"Name one (`archfront front {job}` shows them), or export the whole job: {FORMS}."
+            raise InputError("CANDIDATE", None, "is missing", remedy)
+        everything = export_job(found, to)
+        if json:
+            print_json({"job": found.id, "what": everything.what, "to": everything.to})
+        else:
+            console.print(f"Wrote {everything.what} to {everything.to}.", highlight=False, markup=False, soft_wrap=True)
+        return
+    if scheme is not None:
+        problem = f"cannot be exported alone to {scheme}"
+        raise InputError("CANDIDATE", candidate, problem, "Leave it out to export the whole job, or name a file.")
+    written = export_candidate(found, candidate, Path(to))
     if json:
         print_json(written)
     else:

@@ -10,7 +10,7 @@ import click
 import typer
 
 from archfront import __version__
-from archfront.cli import catalog, cluster, database, keeping, reading, running
+from archfront.cli import catalog, cluster, database, importing, keeping, reading, running
 from archfront.cli.common import EXIT_INPUT, EXIT_INTERRUPTED, errors, print_json
 from archfront.errors import ArchfrontError
 
@@ -41,6 +41,7 @@ for command in (
     catalog.validate,
 ):
     app.command()(command)
+app.add_typer(importing.app, name="import", help="Bring in what another tool found.")
 app.add_typer(database.app, name="db", help="A ledger as a whole: its schema, its soundness, its move.")
 
 

@@ -70,6 +70,7 @@ def resume(
 ) -> None:
     """Go on with a job where it stands."""
     found = Job(db, job, plugins=plugin or [])
+    found.refuse_recorded()
     more = 0
     if budget is not None:
         if not budget.startswith("+") or not (budget[1:].isdecimal() and len(budget) < 12) or int(budget[1:]) < 1:

@@ -1,0 +1,1 @@
+"""Jobs to and from other tools: Optuna studies, TensorBoard, tables."""
