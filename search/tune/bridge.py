@@ -140,10 +140,16 @@ class BridgeScheduler(TrialScheduler):
 
     def next_config(self, trial_id: str) -> dict[str, Any] | None:
         """The configuration of a new trial, if the driver wants one."""
+        if self._past and not self._replayed:
+            # The first of them comes as a new trial does: while Tune has none at all it asks for one and does nothing
+            # else, for minutes. The others are made in its replay, which the controller's next step begins with.
+            return None if self._trials else self._config(self._past[0].task, 0.0)
         if self._replaying is not None:
             return self._config(self._replaying, 0.0)
-        self._heed(wait=not self._work)
-        if not self._new or (self._past and not self._replayed):
+        self._heed(wait_s=0.0 if self._work else _IDLE_S if self._held else _ALIVE_S)
+        if not self._held:
+            self._answer_settle()  # nothing can follow, and Tune without trials asks for new ones only
+        if not self._new:
             return None
         _, work = heapq.heappop(self._new)
         self._work[trial_id] = work
@@ -247,7 +253,7 @@ class BridgeScheduler(TrialScheduler):
         if not self._replayed:
             self._replayed = True
             self._replay(tune_controller)
-        self._heed(wait=not self._work)
+        self._heed(wait_s=0.0 if self._work else _IDLE_S)
         self._look_for_released(tune_controller)
         now = time.monotonic()
         waiting = []
@@ -298,16 +304,16 @@ class BridgeScheduler(TrialScheduler):
 
     # The driver.
 
-    def _heed(self, *, wait: bool) -> None:
+    def _heed(self, *, wait_s: float) -> None:
         """Take the driver's messages; with nothing at work, wait for one for a moment instead of spinning."""
         now = time.monotonic()
         if now - self._spoke > _ALIVE_S:
             self._feed.send("alive", None)
             self._spoke = now
-        wait = wait and not self._new and self._settle is None
+        wait = wait_s > 0 and not self._new and self._settle is None
         try:
             while True:
-                kind, content = self._feed.inbox.get(timeout=_IDLE_S) if wait else self._feed.inbox.get_nowait()
+                kind, content = self._feed.inbox.get(timeout=wait_s) if wait else self._feed.inbox.get_nowait()
                 wait = False
                 if kind == "evaluate":
                     self._accept(_Work(*content))
@@ -339,7 +345,8 @@ class BridgeScheduler(TrialScheduler):
 
     def _replay(self, controller: Any) -> None:
         """Tell the job's scheduler what finished before, in order, through trials that stand where those stood."""
-        trials: dict[tuple[str, int], Any] = {}
+        first = self._past[0].task if self._past else None
+        trials = {(first.key, first.repeat): next(iter(self._trials.values()))} if first is not None else {}
         for task, value in self._past:
             trial = trials.get((task.key, task.repeat))
             if trial is None:
