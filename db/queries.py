@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from archfront.db.columns import FIXED, Columns, load_columns
 from archfront.db.dominance import nondominated
 from archfront.db.expressions import Condition
+from archfront.db.reuse import origins
 from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow
 from archfront.errors import InputError, suggestion
 
@@ -86,7 +87,10 @@ def seq_of(connection: Connection, job_id: int, number: int) -> int:
 
 
 def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Evaluations with their candidates and metrics, in the order given."""
+    """Evaluations with their candidates and metrics, in the order given.
+
+    ``origin`` is the (job, evaluation) whose result a reused one is, else None; its checkpoint is then the origin's.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for start in range(0, len(numbers), 500):
         chosen = list(numbers[start : start + 500])
@@ -101,8 +105,12 @@ def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int])
         for number, key, genotype, fidelity, seq, checkpoint, repeat in connection.execute(query):
             rows[number] = {
                 "evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, "seq": seq,
-                "repeat": repeat, "checkpoint": checkpoint, "metrics": {}, "std": {}, "provenance": {},
+                "repeat": repeat, "checkpoint": checkpoint, "metrics": {}, "std": {}, "provenance": {}, "origin": None,
             }  # fmt: skip
+        for number, origin in origins(connection, job_id, chosen).items():
+            kept = sa.select(Evaluation.checkpoint)
+            kept = kept.where(Evaluation.job_id == origin[0], Evaluation.number == origin[1])
+            rows[number] |= {"origin": origin, "checkpoint": connection.execute(kept).scalar()}
         metrics = sa.select(
             MetricRow.number, MetricRow.name, MetricRow.value, MetricRow.std, MetricRow.provenance
         ).where(MetricRow.job_id == job_id, MetricRow.number.in_(chosen))

@@ -139,6 +139,11 @@ class Evaluator(ABC):
         """Identity of what ``prepare`` would make, so that it is made once per device and stored; None for nothing."""
         return None
 
+    def device_key(self, context: EvaluationContext) -> str | None:
+        """Identity of the device that its figures hold for, where ``on_device`` is true: results of another device do
+        not serve in their place."""
+        return None
+
     def prepare(self, context: EvaluationContext) -> dict[str, Any]:
         """Made once, in a worker, before the job's first evaluation (a latency table, say); JSON, kept in the ledger
         and handed to every worker as ``context.artifacts[name]``."""

@@ -47,16 +47,17 @@ def source_digest() -> str:
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """What of a worker's code is not the driver's, in words.
 
-    Builds of a package for other hardware (``2.13.0+cpu``), Python's patch level and plug-ins, which travel with the
-    job, make no difference.
+    Plug-ins, which travel with the job, make no difference; nor does what ``essence`` leaves out.
     """
-
-    def essence(code: Mapping[str, Any]) -> dict[str, Any]:
-        packages = {name: found and str(found).split("+")[0] for name, found in code["packages"].items()}
-        python = ".".join(str(code["python"]).split(".")[:2])
-        return {**code, "python": python, "packages": packages, "plugins": {}}
-
     return changes(essence(mine), essence(theirs))
+
+
+def essence(code: Mapping[str, Any]) -> dict[str, Any]:
+    """A code identity without plug-ins, builds of a package for other hardware (``2.13.0+cpu``) and Python's patch
+    level."""
+    packages = {name: found and str(found).split("+")[0] for name, found in code["packages"].items()}
+    python = ".".join(str(code["python"]).split(".")[:2])
+    return {**code, "python": python, "packages": packages, "plugins": {}}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -14,18 +14,22 @@ from archfront.db.dominance import crowding_distance, nondominated_ranks
 from archfront.db.lease import kept_lease
 from archfront.db.ledger import Ledger
 from archfront.db.queries import evaluation_rows, job_objectives
+from archfront.db.reuse import Results
 from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError
 from archfront.evaluators.evaluator import EvaluationContext
 from archfront.plugins import Plugin
 from archfront.search.code_identity import changes, code_identity
-from archfront.search.engine import Engine, Progress, Seeding
+from archfront.search.engine import Engine, Seeding
 from archfront.search.executors.executor import Executor
 from archfront.search.executors.factory import made_executor, threads_of
 from archfront.search.executors.ray_hub import RayHub
 from archfront.search.finalists import run_finalists
 from archfront.search.job import JobSpec, parse_spec
 from archfront.search.plugins import load_plugins
+from archfront.search.progress import Progress
 from archfront.search.resolve import ResolvedJob, resolve
+from archfront.search.shared_results import SharedResults
+from archfront.search.work_identity import work_digest
 from archfront.search.worker import WorkerSetup
 
 _PREPARE_S = 1800.0
@@ -129,7 +133,7 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
         ledger.change_job(job_id, spec=job.spec.model_dump(mode="json"))
     try:
         with kept_lease(ledger.engine, job_id, run_id):
-            reason = _run(ledger, job_id, run_id, job, options)
+            reason = _run(ledger, job_id, run_id, job, code, options)
     except JobFailedError as error:
         ledger.end_run(job_id, run_id, "failed", str(error), "failed")
         raise
@@ -157,7 +161,9 @@ def default_files(ledger: Ledger, job_id: int) -> str:
     return str(folder / "archfront-files" / f"job-{job_id}")
 
 
-def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: DriveOptions) -> str:
+def _run(
+    ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, code: dict[str, Any], options: DriveOptions
+) -> str:
     files = options.files or ledger.job(job_id)["files"] or default_files(ledger, job_id)
     if options.files is not None:
         # Where they are is the job's affair from now on: whoever takes it over finds them there.
@@ -166,13 +172,17 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
     with made_executor(
         job.spec, setup, hub=options.hub, ray_address=options.ray_address, announce=options.announce
     ) as executor:
-        _prepare(ledger, job, executor, setup, options)
+        devices = _prepare(ledger, job, executor, setup, options)
         executor.start()
+        history = ledger.history(job_id, job.signs)
+        digest = _note_work(ledger, job_id, work_digest(job, code, devices), fresh=not history.asks)
+        shares = job.spec.reuse and digest is not None
         engine = Engine(
             job,
             ledger.writer(job_id, run_id, job.signs),
             executor,
-            ledger.history(job_id, job.signs),
+            history,
+            shared=SharedResults(job, Results(ledger, job_id, job.space.digest, str(digest))) if shares else None,
             seedings=_seedings(ledger, job),
             observe=options.observe,
             stop=options.stop,
@@ -186,15 +196,34 @@ def _run(ledger: Ledger, job_id: int, run_id: int, job: ResolvedJob, options: Dr
         return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
 
 
-def _prepare(ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions) -> None:
-    """Give every worker what its evaluators need made once: from the ledger, or made now."""
+def _note_work(ledger: Ledger, job_id: int, digest: str, *, fresh: bool) -> str | None:
+    """Write down what work a job does, for jobs that may share its results. Returns the digest, or None if the job
+    began by other code, so that its results serve nobody else and nobody else's serve it."""
+    if fresh:
+        ledger.change_job(job_id, work_digest=digest)
+        return digest
+    if ledger.job(job_id)["work_digest"] == digest:
+        return digest
+    ledger.change_job(job_id, work_digest=None)
+    return None
+
+
+def _prepare(
+    ledger: Ledger, job: ResolvedJob, executor: Executor, setup: WorkerSetup, options: DriveOptions
+) -> dict[str, str]:
+    """Give every worker what its evaluators need made once: from the ledger, or made now. Returns the devices that
+    metrics hold for, by evaluator."""
+    devices: dict[str, str] = {}
     for name, evaluator in job.evaluators:
         needs = job.spec.workers.needs_of(name)
         context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads_of(needs), files=setup.files)
-        key = evaluator.prepare_key(context)
-        if key is not None and needs.device is not None:
-            # It identifies the device, and that is where the worker is.
-            key = executor.call(name, "prepare_key", {}, _KEY_S)
+        key, device = evaluator.prepare_key(context), evaluator.device_key(context)
+        if needs.device is not None:
+            # They identify the device, and that is where the worker is.
+            key = key and executor.call(name, "prepare_key", {}, _KEY_S)
+            device = device and executor.call(name, "device_key", {}, _KEY_S)
+        if device is not None:
+            devices[name] = device
         if key is None:
             continue
         artifact = ledger.artifact(name, key)
@@ -203,6 +232,7 @@ def _prepare(ledger: Ledger, job: ResolvedJob, executor: Executor, setup: Worker
             artifact = executor.call(name, "prepare", {}, _PREPARE_S)
             ledger.store_artifact(name, key, artifact, artifact.get("device"))
         setup.artifacts[name] = artifact
+    return devices
 
 
 def _agree(ledger: Ledger, job_id: int, code: dict[str, Any], options: DriveOptions) -> None:

@@ -16,7 +16,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,9 @@ from archfront.db.writer import JobWriter
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
 from archfront.search.executors.executor import BatchResult, Executor
+from archfront.search.progress import Progress, Tally
 from archfront.search.resolve import NonFiniteError, ResolvedJob
+from archfront.search.shared_results import SharedResults
 from archfront.search.strategy import Ask, Proposals, Results, Strategy
 from archfront.search.worker import Failure, Outcome
 
@@ -36,6 +38,9 @@ _LOOK_S = 2.0
 
 _HOPELESS = 20
 """A job whose first so many evaluations all fail ends as failed instead of spending its budget."""
+
+_SHARED_AT_ONCE = 1000
+"""How many results of other jobs are committed together at most."""
 
 _LOSSES = 5
 """How often a batch may be lost with its host before its evaluations are charged an attempt."""
@@ -52,23 +57,6 @@ class _Open:
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """What a display shows after each commit."""
-
-    asked: int
-    finished: int
-    failed: int
-    running: int
-    budget: int
-    elapsed_s: float
-    front: Any
-    fidelity: int | None
-    best: list[float]
-    worst: list[float]
-    per_second: float = 0.0
-
-
-@dataclass(kw_only=True)
 class Seeding:
     """Foreign candidates to evaluate before the strategy is asked: ``source`` is ``seeds`` or ``warm_start``."""
 
@@ -80,6 +68,7 @@ class Engine:
     """Drives one job until its budget is spent, its space is exhausted, or it is stopped.
 
     Args:
+        shared: results of other jobs, to take where they serve in place of an evaluation.
         seedings: asked first, in order, where the ledger has no asks yet.
         observe: called after each commit.
         stop: polled between steps; true ends the job resumable.
@@ -92,6 +81,7 @@ class Engine:
         executor: Executor,
         history: History,
         *,
+        shared: SharedResults | None = None,
         seedings: Sequence[Seeding] = (),
         observe: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
@@ -99,6 +89,8 @@ class Engine:
         self._job = job
         self._writer = writer
         self._executor = executor
+        self._shared = shared
+        self._found: dict[int, FinishedRecord] = {}
         self._observe = observe
         self._stop = stop
         self._strategy: Strategy = job.strategy()
@@ -116,8 +108,6 @@ class Engine:
         self._new_finished: list[FinishedRecord] = []
         self._new_attempts: list[AttemptRecord] = []
         self._restore(history)
-        self._started = time.monotonic() - history.elapsed_s
-        self._first_result: tuple[int, float] | None = None
         self._last_commit = 0.0
 
     def run(self) -> str:
@@ -132,16 +122,24 @@ class Engine:
         """
         self._plan()
         while True:
+            self._take_found()
             if self._commit():
                 return self._cancel()
-            if self._failed - self._failed_before >= _HOPELESS and not self._done:
+            if self._found:
+                continue  # before anything is dispatched, so that their order does not depend on workers
+            if self._tally.failed - self._failed_before >= _HOPELESS and not self._tally.done:
                 raise JobFailedError(
-                    f"The first {self._failed} evaluations all failed; `archfront status {self._writer.job_id}` shows "
-                    "why. The rest of the budget is not spent."
+                    f"The first {self._tally.failed} evaluations all failed; `archfront status {self._writer.job_id}` "
+                    "shows why. The rest of the budget is not spent."
                 )
             self._dispatch()
             if self._changed:
-                self._observe(self._progress())
+                running = sum(len(numbers) for numbers in self._under_way.values())
+                budget = self._job.spec.budget.evaluations
+                points = self._writer.front_points
+                self._observe(
+                    self._tally.progress(asked=self._asked, running=running, budget=budget, front_points=points)
+                )
                 self._changed = False
             if not self._under_way:
                 self._promote(last=True)
@@ -163,7 +161,7 @@ class Engine:
     def _plan(self) -> None:
         budget = self._job.spec.budget
         while self._asked < budget.evaluations and not self._blocked:
-            if self._asked - self._finished + self._ask_size > self._target or self._out_of_time():
+            if self._asked - self._tally.finished + self._ask_size > self._target or self._out_of_time():
                 return
             self._ask(min(self._ask_size, budget.evaluations - self._asked))
 
@@ -185,7 +183,7 @@ class Engine:
         self._new_asks.append(
             AskRecord(
                 number=ask.number,
-                told=self._finished,
+                told=self._tally.finished,
                 first=ask.first,
                 source=source,
                 keys=keys,
@@ -197,6 +195,7 @@ class Engine:
         )
         for offset, (genotype, key, fidelity) in enumerate(zip(genotypes, keys, fidelities, strict=True)):
             self._add_open(ask.first + offset, genotype, key, fidelity, 0)
+        self._look_up(range(ask.first, ask.first + len(keys)))
         self._asks += 1
         self._asked += len(keys)
 
@@ -243,15 +242,34 @@ class Engine:
         seed = self._job.task_seed(key, repeat)
         return Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed)
 
+    # Results of other jobs.
+
+    def _look_up(self, numbers: Iterable[int]) -> None:
+        """Find what other jobs know of new evaluations; those leave the queue."""
+        if self._shared is None:
+            return
+        for record in self._shared.find([self._open[number].task for number in numbers]):
+            self._found[record.number] = record
+        if self._found:
+            self._queue = [number for number in self._queue if number not in self._found]
+            heapq.heapify(self._queue)
+
+    def _take_found(self) -> None:
+        """Finish what was found, as if it had come at once; what is asked for thereupon may be found too."""
+        while self._found and len(self._new_finished) < _SHARED_AT_ONCE:
+            self._finish(self._found.pop(next(iter(self._found))))
+
     # Dispatch and results.
 
     def _dispatch(self) -> None:
         spec = self._job.spec.workers
+        # Every worker gets its part of what is out: else one would have it all, and the others and the driver wait.
+        size = min(self._job.batch, math.ceil(self._target / self._executor.slots))
         while self._queue and len(self._under_way) < self._executor.slots:
             numbers = [heapq.heappop(self._queue)]
             while (
                 self._queue
-                and len(numbers) < self._job.batch
+                and len(numbers) < size
                 and not self._open[numbers[0]].alone
                 and not self._open[self._queue[0]].alone
             ):
@@ -339,13 +357,10 @@ class Engine:
     def _finish(self, record: FinishedRecord) -> None:
         del self._open[record.number]
         self._new_finished.append(record)
-        self._finished += 1
-        if self._first_result is None:
-            self._first_result = (self._finished, time.monotonic())
         self._blocked = False
         violation = math.inf if record.violation is None else record.violation
         self._untold.append((record.number, record.fidelity, record.objectives, violation))
-        self._note(record.state, record.fidelity, record.objectives)
+        self._tally.count(record.state, record.fidelity, record.objectives)
         self._plan()
 
     def _commit(self) -> bool:
@@ -362,9 +377,9 @@ class Engine:
     # Endings.
 
     def _ending(self) -> str:
-        if self._finished and not self._done:
+        if self._tally.finished and not self._tally.done:
             raise JobFailedError(
-                f"All {self._finished} evaluations failed; `archfront status {self._writer.job_id}` shows why."
+                f"All {self._tally.finished} evaluations failed; `archfront status {self._writer.job_id}` shows why."
             )
         if self._asked >= self._job.spec.budget.evaluations:
             return "budget"
@@ -384,7 +399,7 @@ class Engine:
 
     def _out_of_time(self) -> bool:
         hours = self._job.spec.budget.hours
-        return hours is not None and time.monotonic() - self._started > hours * 3600
+        return hours is not None and self._tally.elapsed_s > hours * 3600
 
     # Resuming.
 
@@ -406,16 +421,13 @@ class Engine:
         self._untold = rows[told:]
         self._asks = len(history.asks)
         self._asked = len(history.evaluations)
-        self._finished = len(rows)
-        self._done = 0
-        self._failed = 0
-        self._extremes: dict[int, tuple[list[float], list[float]]] = {}
+        self._tally = Tally(history.elapsed_s)
         for number, fidelity, points, _ in rows:
-            self._note(by_number[number].state, fidelity, points)
+            self._tally.count(by_number[number].state, fidelity, points, new=False)
         # A job that failed is given another chance when it is resumed.
-        self._failed_before = self._failed
+        self._failed_before = self._tally.failed
         last = next((ask for ask in reversed(history.asks) if ask.source != "scheduler"), None)
-        self._blocked = last is not None and last.count == 0 and last.told == self._finished
+        self._blocked = last is not None and last.count == 0 and last.told == self._tally.finished
         if self._executor.decides:
             found = [by_number[number] for number, *_ in rows]
             tasks = [self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat) for e in found]
@@ -424,50 +436,13 @@ class Engine:
             if e.seq is None:
                 self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
                 self._open[e.number].alone = e.number in history.suspects
+        self._look_up(list(self._open))
 
     def _stored_proposals(self, record: AskRecord) -> Proposals:
         population = self._job.space.from_json(record.genotypes)
         return Proposals(
             population=population, fidelities=np.asarray(record.fidelities, dtype=np.int64), memory=record.memory
         )
-
-    # What a display wants to know.
-
-    def _note(self, state: str, fidelity: int, objectives: Sequence[float] | None) -> None:
-        if state != "done" or objectives is None:
-            self._failed += state == "failed"
-            return
-        self._done += 1
-        point = list(objectives)
-        best, worst = self._extremes.get(fidelity, (point, point))
-        self._extremes[fidelity] = (
-            [min(a, b) for a, b in zip(best, point, strict=True)],
-            [max(a, b) for a, b in zip(worst, point, strict=True)],
-        )
-
-    def _progress(self) -> Progress:
-        fidelity = max(self._extremes, default=None)
-        best, worst = self._extremes[fidelity] if fidelity is not None else ([], [])
-        now = time.monotonic()
-        return Progress(
-            asked=self._asked,
-            finished=self._finished,
-            failed=self._failed,
-            running=sum(len(numbers) for numbers in self._under_way.values()),
-            budget=self._job.spec.budget.evaluations,
-            elapsed_s=now - self._started,
-            front=None if fidelity is None else self._writer.front_points(fidelity),
-            fidelity=fidelity,
-            best=best,
-            worst=worst,
-            per_second=self._rate(now),
-        )
-
-    def _rate(self, now: float) -> float:
-        """Evaluations a second since this run's first result: the seconds that workers take to start do not count."""
-        if self._first_result is None or now <= self._first_result[1]:
-            return 0.0
-        return (self._finished - self._first_result[0]) / (now - self._first_result[1])
 
 
 def _metric_values(metrics: Any) -> dict[str, MetricValue]:

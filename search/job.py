@@ -134,6 +134,9 @@ class JobSpec(_Section):
     finalists: Finalists = Finalists()
     seeds: Annotated[list[Any], Field(description="genotypes to evaluate first")] = []
     warm_start: WarmStart | None = None
+    reuse: Annotated[
+        bool, Field(description="take results of other jobs of this database that evaluated the same in the same way")
+    ] = False
     keep: Annotated[Literal["front", "all", "none"], Field(description="which checkpoints gc leaves")] = "front"
     exact_resume: Annotated[bool, Field(description="refuse a strategy that cannot be replayed")] = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -106,6 +106,9 @@ def resolve(spec: JobSpec) -> ResolvedJob:
     for _, evaluator in evaluators:
         evaluator.check(context)
     _check_workers(spec, evaluators)
+    if spec.reuse and spec.engine == "tune":
+        remedy = "Leave one of them out: Tune's schedulers hear only of what its own trials evaluated."
+        raise InputError("reuse", True, "cannot be used with `engine: tune`", remedy)
     metrics = _metrics(evaluators)
     fidelities = _fidelities(evaluators)
     for i, objective in enumerate(spec.objectives):

@@ -81,15 +81,16 @@ class Worker:
         """What is to be done on a worker's host besides evaluations.
 
         Args:
-            method: ``prepare_key`` and ``prepare`` of the evaluator, or ``measure``: networks timed alone, with the
-                arguments of ``measured_elsewhere`` (all but the space and the plug-ins, which are the job's).
+            method: ``prepare_key``, ``device_key`` and ``prepare`` of the evaluator, or ``measure``: networks timed
+                alone, with the arguments of ``measured_elsewhere`` (all but the space and the plug-ins, which are the job's).
         """
         if method == "measure":
             plugins = self.context.plugins
             timings, environment = measured_elsewhere(self._space, **arguments, plugins=plugins)
             return [asdict(timing) for timing in timings], environment
         found = dict(self._evaluators)[evaluator]
-        return found.prepare_key(self.context) if method == "prepare_key" else found.prepare(self.context)
+        methods = {"prepare_key": found.prepare_key, "device_key": found.device_key, "prepare": found.prepare}
+        return methods[method](self.context)
 
     def evaluate(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Every evaluator on every task that has not failed yet, one outcome a task, in order."""

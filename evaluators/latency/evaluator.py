@@ -73,6 +73,9 @@ class Latency(Evaluator):
             problem = "has no torch models to measure"
             raise InputError("space.name", space.name, problem, "Leave out the latency, or choose another space.")
 
+    def device_key(self, context: EvaluationContext) -> str | None:
+        return fingerprint(self.threads).digest
+
     def prepare_key(self, context: EvaluationContext) -> str | None:
         if self.mode != "table":
             return None

@@ -19,13 +19,14 @@ from archfront.db.queries import (
     seq_of,
     top_fidelity,
 )
+from archfront.db.reuse import count_reused
 from archfront.errors import InputError, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from archfront.search.engine import Progress
     from archfront.search.job import JobSpec
+    from archfront.search.progress import Progress
 
 DEFAULT_DB = "archfront.db"
 
@@ -156,12 +157,14 @@ class Job:
             failed = failures(connection, self.id, tracebacks)
             fidelity = top_fidelity(connection, self.id)
             members = len(front(connection, self.id, FrontQuery()))
+            reused = count_reused(connection, self.id)
         return {
             "id": self.id,
             "name": row["name"],
             "state": self.state,
             "reason": row["reason"],
             "evaluations": states,
+            "reused": reused,
             "budget": row["spec"]["budget"],
             "fidelity": fidelity,
             "front": members,

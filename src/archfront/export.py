@@ -80,7 +80,9 @@ def _write_json(job: Job, row: dict[str, Any], to: Path) -> str:
         {"name": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
         for layer in space_of(job).describe(row["genotype"])
     ]
-    document = {key: row[key] for key in ("evaluation", "key", "genotype", "fidelity", "metrics", "std", "provenance")}
+    document = {
+        key: row[key] for key in ("evaluation", "key", "genotype", "fidelity", "metrics", "std", "provenance", "origin")
+    }
     to.write_text(json.dumps({"space": job.spec["space"], **document, "layers": layers}, indent=2), encoding="utf-8")
     return "genotype, metrics and layers"
 

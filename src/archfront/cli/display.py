@@ -16,7 +16,7 @@ from rich.table import Table
 
 from archfront.cli.common import duration, number
 from archfront.db.dominance import hypervolume
-from archfront.search.engine import Progress
+from archfront.search.progress import Progress
 
 _LINE_S = 10.0
 

@@ -74,9 +74,10 @@ def status(
     console.print(f"[bold]Job {facts['id']} {escape(facts['name'])}[/bold]: {facts['state']}", highlight=False)
     if facts["reason"]:
         console.print(facts["reason"], highlight=False, markup=False, soft_wrap=True)
+    reused = f"; {facts['reused']} taken from other jobs" if facts["reused"] else ""
     console.print(
         f"{states['done']} of {facts['budget']['evaluations']} evaluations done, {states['running']} written ahead, "
-        f"{states['failed']} failed, {states['cancelled']} cancelled; {facts['front']} on the front",
+        f"{states['failed']} failed, {states['cancelled']} cancelled; {facts['front']} on the front{reused}",
         highlight=False,
         soft_wrap=True,
     )
