@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ PASSWORD_FILE = "ARCHFRONT_DB_PASSWORD_FILE"
 """Environment variable: a file with the password of a database URL that has none."""
 
 _BUSY_TIMEOUT_MS = 30_000
+SQLITE_NOW = "(julianday('now') - 2440587.5) * 86400.0"
+POSTGRES_NOW = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+"""Seconds since 1970 by the database's clock, in its SQL."""
+
 PATIENCE_S = 60.0
 """How long a database may be away before its users give up (resumable)."""
 
@@ -61,12 +66,17 @@ def parse_url(text: str) -> URL:
     try:
         url = make_url(text)
     except ArgumentError:
-        raise InputError("--db", text, "is no database URL", "Give a path or sqlite:///FILE.") from None
+        raise InputError("--db", without_password(text), "is no database URL", "Give a path or sqlite:///FILE.") from None
     if url.get_backend_name() == "postgresql":
         url = url.set(drivername="postgresql+psycopg", password=url.password or _password_of_file())
     elif url.get_backend_name() != "sqlite":
-        raise InputError("--db", text, "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME.")
+        raise InputError("--db", without_password(text), "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME.")
     return url
+
+
+def without_password(text: str) -> str:
+    """A database URL as it may be shown."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text)
 
 
 def _password_of_file() -> str | None:
@@ -126,7 +136,7 @@ def ledger_errors(text: str) -> Iterator[None]:
             remedy = "Check that the server runs and that the URL is right."
         else:
             raise
-        raise LedgerError(f"--db: {text!r} cannot be used: {cause}. {remedy}") from error
+        raise LedgerError(f"--db: {without_password(text)!r} cannot be used: {cause}. {remedy}") from error
 
 
 class Patience:
@@ -167,9 +177,8 @@ def write(engine: Engine) -> Any:
 
 def now(connection: Connection) -> float:
     """Seconds since 1970 by the database's clock: hosts' clocks may differ, this one is shared."""
-    if connection.dialect.name == "sqlite":
-        return float(connection.exec_driver_sql("SELECT (julianday('now') - 2440587.5) * 86400.0").scalar_one())
-    return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+    clock = SQLITE_NOW if connection.dialect.name == "sqlite" else POSTGRES_NOW
+    return float(connection.exec_driver_sql(f"SELECT {clock}").scalar_one())
 
 
 def alembic_config(engine: Engine | None = None) -> Config:
@@ -233,13 +242,13 @@ def _bring_schema(engine: Engine, text: str) -> None:
         return
     known = {revision.revision for revision in script.walk_revisions()}
     if current is None:
-        raise LedgerError(f"--db: {text!r} holds other tables and is no archfront ledger. Name another database.")
+        raise LedgerError(f"--db: {without_password(text)!r} holds other tables and is no archfront ledger. Name another database.")
     if current not in known:
         raise LedgerError(
-            f"--db: {text!r} has schema {current!r}, which this version does not know (its own is {head!r}). "
+            f"--db: {without_password(text)!r} has schema {current!r}, which this version does not know (its own is {head!r}). "
             "It was written by a newer archfront: upgrade archfront, or name another database."
         )
     raise LedgerError(
-        f"--db: {text!r} has the older schema {current!r} (this version's is {head!r}). "
+        f"--db: {without_password(text)!r} has the older schema {current!r} (this version's is {head!r}). "
         "Make a copy of it, then run: archfront db upgrade."
     )

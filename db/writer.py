@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archfront.db.bulk import bulk_of
 from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_rows, to_matrix
-from archfront.db.connection import Patience, now, write
+from archfront.db.connection import Patience, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
@@ -105,9 +105,9 @@ class JobWriter:
         )
         for fidelity, number in connection.execute(present.order_by(FrontMember.entered_seq)):
             members[fidelity].append(number)
-        where = {int(n): i for i, n in enumerate(columns["number"])}
+        order = np.argsort(columns["number"]) if members else np.empty(0, dtype=np.int64)
         for fidelity, numbers in members.items():
-            rows = [where[n] for n in numbers]
+            rows = order[np.searchsorted(columns["number"], numbers, sorter=order)]
             points = np.stack([sign * columns[name][rows] for name, sign in self._objectives], axis=1)
             self._front(fidelity).restore(numbers, points)
 
@@ -146,21 +146,18 @@ class JobWriter:
     def _prolong(self, connection: Connection, *, again: bool) -> tuple[float | None, bool]:
         """Prolong and count on the lease. Returns the time by the database's clock, None if this very commit took
         place before, and whether the job is to be cancelled."""
+        held = self._bulk.prolong(connection, self.job_id, self.run_id, self._commits, LEASE_S)
+        if held is not None:
+            return held
         mine = (Lease.job_id == self.job_id) & (Lease.run_id == self.run_id)
         state = sa.select(Lease.commits, Job.cancel_requested).join(Job, Job.id == Lease.job_id).where(mine)
-        # Held until the end of the transaction, so that nobody takes the lease over in between.
         row = connection.execute(state.with_for_update(of=Lease)).first()
         if row is not None and again and row.commits == self._commits + 1:
             return None, bool(row.cancel_requested)
-        if row is None or row.commits != self._commits:
-            raise LeaseLostError(
-                f"Job {self.job_id} is driven by another run now; this one stops. Nothing is lost: "
-                f"see `archfront status {self.job_id}`."
-            )
-        moment = now(connection)
-        values = {"expires_at": moment + LEASE_S, "commits": self._commits + 1}
-        connection.execute(sa.update(Lease).where(mine).values(values))
-        return moment, bool(row.cancel_requested)
+        raise LeaseLostError(
+            f"Job {self.job_id} is driven by another run now; this one stops. Nothing is lost: "
+            f"see `archfront status {self.job_id}`."
+        )
 
     def _write_asks(self, connection: Connection, asks: Sequence[AskRecord], moment: float) -> None:
         if not asks:
@@ -194,6 +191,8 @@ class JobWriter:
             ("job_id", "number", "attempt", "kind", "message", "traceback", "worker", "failed_at"),
             [(self.job_id, a.number, a.attempt, a.kind, a.message, a.traceback, a.worker, moment) for a in attempts],
         )
+        if not attempts:
+            return
         latest = {a.number: a.attempt for a in attempts}
         rows = [(attempt, self.job_id, number) for number, attempt in latest.items()]
         self._bulk.update(connection, "evaluations", ("attempts",), _KEY, rows, "state = 'running'")

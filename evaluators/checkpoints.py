@@ -6,9 +6,11 @@ A file holds ``final/<name>``, the trained weights, and, where training can go o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,10 @@ from archfront.spaces.space import Genotype, Space
 
 FORMAT = "archfront-checkpoint-1"
 FINAL = "final/"
+FULL_DISK_S = 120.0
+"""How long a full disk is waited for."""
+
+_LOOK_S = 1.0
 _HEADER_BYTES = 8
 
 
@@ -36,12 +42,29 @@ def join(folder: str, name: str) -> str:
 def write(uri: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a checkpoint; whoever reads finds the old file, the whole new one, or none.
 
+    A disk that is full is waited for: somebody may free it, and the evaluation has cost more than the wait.
+
     Args:
         uri: local path or fsspec URI; missing folders are made.
         tensors: contiguous.
         metadata: text to find again by ``read``.
+
+    Raises:
+        OSError: it cannot be written, or the disk stayed full.
     """
     content = save(dict(tensors), {"format": FORMAT, **metadata})
+    until = time.monotonic() + FULL_DISK_S
+    while True:
+        try:
+            _write_whole(uri, content)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
+                raise
+        time.sleep(_LOOK_S)
+
+
+def _write_whole(uri: str, content: bytes) -> None:
     path = _local(uri)
     if path is None:
         # Object stores make a file visible when it is complete.

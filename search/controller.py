@@ -90,9 +90,10 @@ class Controller:
                     self._quiet_until = time.monotonic() + _SETTLE_S
                 time.sleep(_POLL_S)
         finally:
+            # First the hub: a thread may wait for an answer of Ray's. What was under way is lost, and done again.
+            hub.close()
             for thread in self._threads.values():
                 thread.join()
-            hub.close()
             with suppress(LedgerError, SQLAlchemyError):
                 beat_controller(self._ledger, controller, "ended", ended=True)
             self._options.log(f"controller {controller} has ended; its jobs are free")
@@ -128,6 +129,11 @@ class Controller:
 
         try:
             row = self._ledger.job(job_id)
+            if row["cancel_requested"]:
+                # Its driver died before it could; no code of the job is needed for that.
+                self._ledger.request_cancel(job_id)
+                log("cancelled")
+                return
             log(f"driving {row['name']!r}")
             options = DriveOptions(
                 plugins=self._options.plugins,
@@ -147,7 +153,10 @@ class Controller:
             # Another controller may have the right code; this one never will.
             self._note_trouble(job_id, str(error), _LONGEST_PAUSE_S)
         except ArchfrontError as error:
-            self._note_trouble(job_id, str(error))
+            if self._options.stop():
+                log(str(error))
+            else:
+                self._note_trouble(job_id, str(error))
         except Exception as error:
             self._note_trouble(job_id, repr(error))
             log(traceback.format_exc())

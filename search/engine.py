@@ -39,6 +39,9 @@ _LOOK_S = 2.0
 _HOPELESS = 20
 """A job whose first so many evaluations all fail ends as failed instead of spending its budget."""
 
+_LARGEST_ASK = 512
+"""Of a strategy that takes any number: a longer answer would keep workers waiting for it."""
+
 _SHARED_AT_ONCE = 1000
 """How many results of other jobs are committed together at most."""
 
@@ -94,8 +97,7 @@ class Engine:
         self._observe = observe
         self._stop = stop
         self._strategy: Strategy = job.strategy()
-        self._ask_size = self._ask_count()
-        self._target = 2 * self._ask_size
+        self._ask_size, self._target = self._sizes()
         self._untold: list[tuple[int, int, Sequence[float] | None, float]] = []
         self._open: dict[int, _Open] = {}
         self._queue: list[int] = []
@@ -108,6 +110,7 @@ class Engine:
         self._new_finished: list[FinishedRecord] = []
         self._new_attempts: list[AttemptRecord] = []
         self._restore(history)
+        self._written = self._asked
         self._last_commit = 0.0
 
     def run(self) -> str:
@@ -134,7 +137,7 @@ class Engine:
                 )
             self._dispatch()
             if self._changed:
-                running = sum(len(numbers) for numbers in self._under_way.values())
+                running = len(self._open) - len(self._queue)
                 budget = self._job.spec.budget.evaluations
                 points = self._writer.front_points
                 self._observe(
@@ -151,10 +154,20 @@ class Engine:
             for result in self._executor.wait(0.25):
                 self._take(result)
             self._promote(last=False)
+            if self._job.batch == 1 and not self._new_attempts:
+                # What was written ahead before need not wait for this commit. Batches of several do: they must be the
+                # same whenever they are put together.
+                self._dispatch()
 
-    def _ask_count(self) -> int:
-        size = self._executor.slots * self._job.batch
-        return min(size, self._strategy.batch) if self._strategy.batch else size
+    def _sizes(self) -> tuple[int, int]:
+        """How many evaluations to ask for at once, and to have out at most: enough for every worker, and one ask
+        more, so that none waits for the strategy."""
+        slots, room = self._executor.slots, self._executor.slots * self._job.batch
+        if self._strategy.batch:
+            size = min(room, self._strategy.batch)
+            return size, max(2 * size, slots + size)
+        size = min(room, _LARGEST_ASK)
+        return size, room + size
 
     # Planning: a function of counts alone.
 
@@ -265,7 +278,7 @@ class Engine:
         spec = self._job.spec.workers
         # Every worker gets its part of what is out: else one would have it all, and the others and the driver wait.
         size = min(self._job.batch, math.ceil(self._target / self._executor.slots))
-        while self._queue and len(self._under_way) < self._executor.slots:
+        while self._queue and self._queue[0] < self._written and len(self._under_way) < self._executor.slots:
             numbers = [heapq.heappop(self._queue)]
             while (
                 self._queue
@@ -281,19 +294,19 @@ class Engine:
     def _take(self, result: BatchResult) -> None:
         numbers = self._under_way.pop(result.batch)
         if result.lost:
-            self._take_lost(numbers, result.worker)
+            self._take_lost(numbers, result)
         elif result.death is not None:
             self._take_death(numbers, result.worker, result.death)
         else:
             for outcome in result.outcomes:
                 self._take_outcome(outcome, result.worker)
 
-    def _take_lost(self, numbers: Sequence[int], worker: str) -> None:
+    def _take_lost(self, numbers: Sequence[int], result: BatchResult) -> None:
         for number in numbers:
-            self._open[number].losses += 1
+            self._open[number].losses += not result.with_ray
             if self._open[number].losses > _LOSSES:
                 failure = Failure(kind="died", message=f"lost with its worker {_LOSSES} times")
-                self._take_outcome(Outcome(number=number, failure=failure), worker)
+                self._take_outcome(Outcome(number=number, failure=failure), result.worker)
             else:
                 heapq.heappush(self._queue, number)
 
@@ -371,6 +384,7 @@ class Engine:
         cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts)
         self._new_asks, self._new_finished, self._new_attempts = [], [], []
         self._last_commit = time.monotonic()
+        self._written = self._asked
         self._changed |= new
         return cancel
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from archfront.search.seen import Seen
 from archfront.spaces.space import Population, Space
 
 
@@ -110,7 +111,7 @@ class Strategy(ABC):
     def __init__(self, _problem: Problem) -> None:
         self.problem = _problem
         self.space = _problem.space
-        self._seen: set[tuple[bytes, int]] = set()
+        self._seen = Seen()
         self._asked: dict[int, tuple[Population, int]] = {}
 
     @classmethod
@@ -137,7 +138,7 @@ class Strategy(ABC):
         """An answer was stored; called live and on replay alike."""
         keys = self.space.keys(proposals.population)
         fidelities = proposals.fidelities.tolist()
-        self._seen.update(zip(keys, fidelities, strict=True))
+        self._seen.add(keys, proposals.fidelities)
         for offset in range(len(proposals)):
             self._asked[ask.first + offset] = (proposals.population[offset : offset + 1], fidelities[offset])
         self.remember(ask, proposals)
@@ -150,13 +151,7 @@ class Strategy(ABC):
 
     def is_new(self, population: Population, fidelity: int) -> npt.NDArray[np.bool_]:
         """Which rows the job has not asked for at this fidelity, repeats within the population left out."""
-        new = np.zeros(len(population), dtype=bool)
-        within: set[bytes] = set()
-        for i, key in enumerate(self.space.keys(population)):
-            if key not in within and (key, fidelity) not in self._seen:
-                within.add(key)
-                new[i] = True
-        return new
+        return self._seen.new(self.space.keys(population), fidelity)
 
     def fresh(self, count: int, generate: Callable[[int], Population], tries: int = 20) -> Population:
         """Up to ``count`` canonical genotypes from ``generate(n)`` that the job has not asked for yet.

@@ -82,7 +82,7 @@ class Worker:
 
         Args:
             method: ``prepare_key``, ``device_key`` and ``prepare`` of the evaluator, or ``measure``: networks timed
-                alone, with the arguments of ``measured_elsewhere`` (all but the space and the plug-ins, which are the job's).
+                alone, with the arguments of ``measured_elsewhere`` (all but space and plug-ins, which are the job's).
         """
         if method == "measure":
             plugins = self.context.plugins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -136,29 +137,37 @@ def digests(population: Population, cardinalities: npt.NDArray[np.int64]) -> lis
     """
     lanes = [np.full(len(population), seed, dtype=np.uint64) for seed in (0x243F6A8885A308D3, 0x13198A2E03707344)]
     for word in _packed_words(population, cardinalities):
-        lanes[0] = _mix(lanes[0] ^ word)
+        lanes[0] = mix(lanes[0] ^ word)
         # The second lane absorbs the word under another bijection and sees the first, so the lanes are not copies.
-        lanes[1] = _mix(lanes[1] + _mix(word + np.uint64(0x9E3779B97F4A7C15)) + lanes[0])
+        lanes[1] = mix(lanes[1] + mix(word + np.uint64(0x9E3779B97F4A7C15)) + lanes[0])
     raw = np.stack(lanes, axis=1).astype(">u8").tobytes()
     return [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
 
 
 def _packed_words(population: Population, cardinalities: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint64]]:
-    words: list[npt.NDArray[np.uint64]] = []
+    digits = population.astype(np.uint64)
+    return [digits[:, first:end] @ weights for first, end, weights in _words(tuple(cardinalities.tolist()))]
+
+
+@lru_cache(maxsize=64)
+def _words(cardinalities: tuple[int, ...]) -> list[tuple[int, int, npt.NDArray[np.uint64]]]:
+    """The columns ``first..end`` of each word, and what a step of each column's digit is worth in it."""
+    firsts: list[int] = []
     capacity = 0
-    for i, cardinality in enumerate(int(c) for c in cardinalities):
-        digit = population[:, i].astype(np.uint64)
-        if words and capacity * cardinality <= 1 << _WORD_BITS:
-            words[-1] *= np.uint64(cardinality)
-            words[-1] += digit
+    for i, cardinality in enumerate(cardinalities):
+        if firsts and capacity * cardinality <= 1 << _WORD_BITS:
             capacity *= cardinality
         else:
-            words.append(digit)
+            firsts.append(i)
             capacity = cardinality
-    return words
+    ends = [*firsts[1:], len(cardinalities)]
+    return [
+        (first, end, np.array([math.prod(cardinalities[i + 1 : end]) for i in range(first, end)], dtype=np.uint64))
+        for first, end in zip(firsts, ends, strict=True)
+    ]
 
 
-def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit reaches every output bit."""
     mixed = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

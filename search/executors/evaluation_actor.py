@@ -38,10 +38,15 @@ class EvaluationActor:
         with self._device():
             return self._started().evaluate(tasks, timeout_s)
 
-    def call(self, method: str, arguments: dict[str, Any], timeout_s: float) -> Any:
+    def evaluate_packed(self, tasks: bytes, timeout_s: float) -> Any:
+        """The same with tasks and outcomes as ``wire`` packs them."""
+        with self._device():
+            return self._started().evaluate_packed(tasks, timeout_s)
+
+    def call(self, evaluator: str, method: str, arguments: dict[str, Any], timeout_s: float) -> Any:
         """Anything but evaluations: ``prepare_key``, ``prepare``, ``measure``."""
         with self._device():
-            return self._started().call(method, arguments, timeout_s)
+            return self._started().call(evaluator, method, arguments, timeout_s)
 
     def _device(self) -> Any:
         from archfront.evaluators.latency.device_lock import device_lock

@@ -21,6 +21,7 @@ import psutil
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Task
 from archfront.search.executors.child import Child, end_with_parent, parent_connection
+from archfront.search.executors.wire import pack_outcomes, pack_tasks, unpack_outcomes, unpack_tasks
 from archfront.search.worker import Failure, Outcome, Worker, WorkerSetup
 
 _POLL_S = 0.2
@@ -45,8 +46,14 @@ class EvaluationProcess:
 
     def evaluate(self, tasks: Sequence[Task], timeout_s: float) -> list[Outcome] | Failure:
         """The outcomes of a batch, or how the child died over it."""
-        reply = self._call(("evaluate", list(tasks)), timeout_s)
-        return reply if isinstance(reply, Failure) else list(reply)
+        reply = self.evaluate_packed(pack_tasks(tasks), timeout_s)
+        return reply if isinstance(reply, Failure) else unpack_outcomes(reply)
+
+    def evaluate_packed(self, tasks: bytes, timeout_s: float) -> bytes | Failure:
+        """The same with tasks and outcomes as ``wire`` packs them."""
+        reply = self._call(("evaluate", tasks), timeout_s)
+        assert isinstance(reply, (bytes, Failure))
+        return reply
 
     def call(self, evaluator: str, method: str, arguments: Mapping[str, Any], timeout_s: float) -> Any:
         """``Worker.call`` there, or how it failed."""
@@ -129,9 +136,10 @@ def checked_reply(reply: Any, evaluator: str, method: str) -> Any:
     """
     if not isinstance(reply, Failure):
         return reply
-    doing = {"prepare": "Preparing", "prepare_key": "Identifying the device of", "measure": "Measuring with"}[method]
+    identifying = "Identifying the device of"
+    doing = {"prepare": "Preparing", "prepare_key": identifying, "device_key": identifying, "measure": "Measuring with"}
     raise JobFailedError(
-        f"{doing} the evaluator {evaluator!r} failed: {reply.message}\n{reply.traceback or ''}".rstrip()
+        f"{doing[method]} the evaluator {evaluator!r} failed: {reply.message}\n{reply.traceback or ''}".rstrip()
     )
 
 
@@ -167,7 +175,10 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            reply: Any = worker.evaluate(argument) if kind == "evaluate" else worker.call(*argument)
+            if kind == "evaluate":
+                reply: Any = pack_outcomes(worker.evaluate(unpack_tasks(argument)))
+            else:
+                reply = worker.call(*argument)
         except Exception as error:
             reply = Failure(kind="error", message=repr(error), traceback=traceback.format_exc())
         connection.send(reply)

@@ -17,15 +17,19 @@ class BatchResult:
 
     Attributes:
         outcomes: one a task, or empty if the batch has no results.
+        packed: the outcomes on their way, as ``wire`` packs them; no longer there in what ``wait`` returns.
         death: what became of the worker if it ended with the batch: the tasks' own fault, perhaps.
         lost: the batch never ran, or its host vanished: nobody's fault, to be sent again.
+        with_ray: it was lost with the way to Ray, as all others were: not even a sign of trouble of its own.
     """
 
     batch: int
     worker: str
     outcomes: Sequence[Outcome] = field(default_factory=list)
+    packed: bytes | None = None
     death: Failure | None = None
     lost: bool = False
+    with_ray: bool = False
 
 
 class Executor(ABC):

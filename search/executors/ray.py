@@ -14,6 +14,7 @@ from archfront.search.executors.evaluation_process import checked_reply
 from archfront.search.executors.executor import BatchResult, Executor
 from archfront.search.executors.ray_hub import HubPool, RayHub
 from archfront.search.executors.ray_options import PoolOptions
+from archfront.search.executors.wire import pack_tasks, unpack_outcomes
 from archfront.search.worker import WorkerSetup
 
 PATIENCE_S = 300.0
@@ -66,7 +67,7 @@ class RayExecutor(Executor):
         self._pool.start(pickle.dumps(self._setup))
 
     def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
-        self._pool.evaluate(batch, tasks, timeout_s)
+        self._pool.evaluate(batch, pack_tasks(tasks), timeout_s)
 
     def wait(self, timeout_s: float) -> list[BatchResult]:
         results: list[BatchResult] = []
@@ -78,6 +79,8 @@ class RayExecutor(Executor):
                 break
             kind, content = message
             if kind == "result":
+                if content.packed is not None:
+                    content.outcomes, content.packed = unpack_outcomes(content.packed), None
                 results.append(content)
             else:
                 self._heed(kind, content)
@@ -103,6 +106,8 @@ class RayExecutor(Executor):
             self._heed(kind, content)
 
     def _heed(self, kind: str, content: Any) -> None:
+        if kind == "closing":
+            raise WorkersUnreachableError("Its driver was stopped while it waited for Ray; the job can be resumed.")
         if kind == "impossible":
             raise JobFailedError(f"{content} Ask for less, or name a cluster with --ray.")
         if kind == "refused" and self._patience_s is not None:

@@ -47,7 +47,8 @@ class Gateway:
         self._share = 1.0
         settings: dict[str, Any] = {"address": options.address}
         if self._local:
-            settings = {"num_cpus": options.local_cpus, "include_dashboard": False}
+            # "local", or Ray would join whatever cluster was started on this machine.
+            settings = {"address": "local", "num_cpus": options.local_cpus, "include_dashboard": False}
             settings["object_store_memory"] = 100 * 2**20
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **settings)
         self._hosts = _hosts()

@@ -6,7 +6,6 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +42,7 @@ class HubPool:
         self.setup = setup
         self._hub.request("start", self.identity, setup)
 
-    def evaluate(self, batch: int, tasks: Sequence[Any], timeout_s: float) -> None:
+    def evaluate(self, batch: int, tasks: bytes, timeout_s: float) -> None:
         request = _Request(("evaluate", self.identity, batch, tasks, timeout_s))
         self._hub.track(self.batches, batch, request)
 
@@ -111,7 +110,10 @@ class RayHub:
                 self._send(("share", fraction))
 
     def close(self) -> None:
-        """Leave Ray; an own cluster ends."""
+        """Leave Ray; an own cluster ends. Who waits for an answer is told that none will come."""
+        with self._lock:
+            for pool in self._pools.values():
+                pool.inbox.put(("closing", None))
         self._closing.set()
         self._thread.join()
 
@@ -212,7 +214,7 @@ class RayHub:
             for pool in pools:
                 for batch in [number for number, request in pool.batches.items() if request.sent]:
                     del pool.batches[batch]
-                    pool.inbox.put(("result", BatchResult(batch=batch, worker="ray", lost=True)))
+                    pool.inbox.put(("result", BatchResult(batch=batch, worker="ray", lost=True, with_ray=True)))
                 for request in pool.calls.values():
                     request.sent = False  # asked again of the next gateway
         for pool in pools:

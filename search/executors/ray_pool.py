@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections import deque
@@ -68,8 +69,9 @@ class Pool:
         self._when_done = when_done
         self._setup: Any = None
         self._slots: dict[int, _Slot] = {}
+        self._idle_heap: list[tuple[int, int]] = []
         self._tokens = 0
-        self._queue: deque[tuple[int, Any, float]] = deque()
+        self._queue: deque[tuple[int, bytes, float]] = deque()
         self._target = 0
         self._failures = 0
         self._pause_until = 0.0
@@ -102,7 +104,7 @@ class Pool:
             slot.batch = None
             self._end(slot)
 
-    def evaluate(self, batch: int, tasks: Any, timeout_s: float) -> None:
+    def evaluate(self, batch: int, tasks: bytes, timeout_s: float) -> None:
         self._queue.append((batch, tasks, timeout_s))
         self._feed()
 
@@ -207,6 +209,7 @@ class Pool:
             self._end(slot)
             return
         slot.state, slot.batch, slot.deadline = "idle", None, math.inf
+        heapq.heappush(self._idle_heap, (slot.number, slot.token))
         self._feed()
 
     def _feed(self) -> None:
@@ -215,18 +218,23 @@ class Pool:
             slot.state, slot.deadline = "busy", time.monotonic() + timeout_s + _GRACE_S
             if self.options.device is not None:
                 slot.deadline = math.inf  # others' measurements are waited for as long as they take
-            self._watch(slot, slot.actor.evaluate.remote(tasks, timeout_s), self._evaluated)
+            self._watch(slot, slot.actor.evaluate_packed.remote(tasks, timeout_s), self._evaluated)
 
     def _idle(self) -> _Slot | None:
-        idle = [slot for slot in self._slots.values() if slot.state == "idle"]
-        return min(idle, key=lambda slot: slot.number, default=None)
+        """The first one, no longer on the heap; actors that have ended since they came there are left out."""
+        while self._idle_heap:
+            number, token = heapq.heappop(self._idle_heap)
+            slot = self._slots.get(number)
+            if slot is not None and slot.token == token and slot.state == "idle":
+                return slot
+        return None
 
     def _evaluated(self, slot: _Slot, future: Future[Any]) -> None:
         error = future.exception()
         if error is None:
             reply = future.result()
             dead = isinstance(reply, Failure)
-            self._finish(slot, outcomes=[] if dead else reply, death=reply if dead else None)
+            self._finish(slot, packed=None if dead else reply, death=reply if dead else None)
             self._rest_or_work(slot)
         elif isinstance(error, OutOfMemoryError):
             # Ray's memory monitor killed the actor for what its evaluations used.

@@ -246,7 +246,7 @@ class TuneExecutor(Executor):
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         for batch in [number for number, entry in self._batches.items() if entry.sent]:
             del self._batches[batch]
-            self._results.append(BatchResult(batch=batch, worker="tune", lost=True))
+            self._results.append(BatchResult(batch=batch, worker="tune", lost=True, with_ray=True))
         if self._away_since is None:
             self._away_since = time.monotonic()
         self._announce(f"Ray Tune cannot be reached, trying again: {words.splitlines()[-1]}")

@@ -37,7 +37,8 @@ class Gateway:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         settings: dict[str, Any] = {"address": options.address}
         if options.address is None:
-            settings = {"num_cpus": options.local_cpus, "include_dashboard": False}
+            # "local", or Ray would join whatever cluster was started on this machine.
+            settings = {"address": "local", "num_cpus": options.local_cpus, "include_dashboard": False}
             settings["object_store_memory"] = _LOCAL_STORE_BYTES
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **settings)
         self._send("alive", None)

@@ -14,9 +14,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from archfront.cli.common import EXIT_FAILED, AsJson, Database, PluginFiles, console, print_json, shown_database
+from archfront.cli.common import EXIT_FAILED, AsJson, Database, PluginFiles, console, print_json
 from archfront.cli.running import Files
 from archfront.client import DEFAULT_DB
+from archfront.db.connection import without_password
 from archfront.errors import InputError
 
 
@@ -24,19 +25,25 @@ def submit(
     file: Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     db: Database = DEFAULT_DB,
     files: Files = None,
+    plugin: PluginFiles = None,
     json: AsJson = False,
 ) -> None:
-    """Queue a job for a controller; see `archfront controller`."""
+    """Queue a job for a controller; see `archfront controller`.
+
+    Plug-in files serve to check the job here. They do not travel: a controller runs those that its operator gave it.
+    """
     from archfront.db.ledger import Ledger
+    from archfront.plugins import read_plugins
     from archfront.search import driver
     from archfront.search.job import read_spec
 
-    job_id = driver.submit(Ledger.open(db), read_spec(file), managed=True, files=files)
+    plugins = read_plugins(plugin or [])
+    job_id = driver.submit(Ledger.open(db), read_spec(file), plugins, managed=True, files=files)
     if json:
         print_json({"id": job_id, "state": "queued"})
     else:
         console.print(
-            f"Job {job_id} is queued. Watch it with: archfront status {job_id} --db {shown_database(db)}",
+            f"Job {job_id} is queued. Watch it with: archfront status {job_id} --db {without_password(db)}",
             highlight=False,
         )
 

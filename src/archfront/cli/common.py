@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -24,11 +23,6 @@ PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Python 
 
 console = Console()
 errors = Console(stderr=True)
-
-
-def shown_database(db: str) -> str:
-    """A database as it may be printed: without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", db)
 
 
 def print_json(data: Any) -> None:

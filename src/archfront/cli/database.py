@@ -10,10 +10,10 @@ from alembic import command
 from alembic.runtime.migration import MigrationContext
 from rich.table import Table
 
-from archfront.cli.common import EXIT_INPUT, AsJson, Database, console, errors, print_json, shown_database
+from archfront.cli.common import EXIT_INPUT, AsJson, Database, console, errors, print_json
 from archfront.client import DEFAULT_DB
 from archfront.db.columns import check_chunks
-from archfront.db.connection import alembic_config, ledger_errors, open_engine
+from archfront.db.connection import alembic_config, ledger_errors, open_engine, without_password
 from archfront.db.moving import move as move_ledger
 from archfront.db.schema import Job
 
@@ -26,7 +26,7 @@ def upgrade(db: Database = DEFAULT_DB) -> None:
     engine = open_engine(db, create=True, check_schema=False)
     with ledger_errors(db):
         command.upgrade(alembic_config(engine), "head")
-    console.print(f"{shown_database(db)} has this version's schema.", highlight=False)
+    console.print(f"{without_password(db)} has this version's schema.", highlight=False)
 
 
 @app.command()
@@ -51,7 +51,9 @@ def check(db: Database = DEFAULT_DB, json: AsJson = False) -> None:
     if json:
         print_json({"wrong": wrong})
     elif not wrong:
-        console.print(f"{shown_database(db)}: the packed columns of {len(ids)} jobs equal their rows.", highlight=False)
+        console.print(
+            f"{without_password(db)}: the packed columns of {len(ids)} jobs equal their rows.", highlight=False
+        )
     else:
         errors.print("\n".join(wrong), highlight=False, markup=False)
     if wrong:

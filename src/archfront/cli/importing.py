@@ -8,6 +8,7 @@ import typer
 
 from archfront.cli.common import AsJson, Database, console, print_json
 from archfront.client import DEFAULT_DB
+from archfront.db.connection import without_password
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -36,7 +37,7 @@ def optuna(
     counts = ", ".join(f"{count:,} {state}" for state, count in imported.endings.items())
     console.print(
         f"Imported the study as job {imported.job_id} {imported.name!r}: {counts}. "
-        f"See its front with: archfront front {imported.job_id} --db {db}",
+        f"See its front with: archfront front {imported.job_id} --db {without_password(db)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -24,9 +24,9 @@ from archfront.cli.common import (
     number,
     plain,
     print_json,
-    shown_database,
 )
 from archfront.client import DEFAULT_DB, Front, Job
+from archfront.db.connection import without_password
 from archfront.db.ledger import Ledger
 from archfront.errors import InputError
 
@@ -56,7 +56,7 @@ def jobs(db: Database = DEFAULT_DB, json: AsJson = False) -> None:
         done, failed = row["evaluations"]["done"], row["evaluations"]["failed"]
         cells = [row["id"], escape(row["name"]), row["state"], done, row["budget"]["evaluations"], failed, row["front"]]
         table.add_row(*map(str, cells), moment(row["created_at"]))
-    console.print(table if rows else f"{shown_database(db)} holds no job yet.")
+    console.print(table if rows else f"{without_password(db)} holds no job yet.")
 
 
 def status(

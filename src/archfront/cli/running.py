@@ -21,9 +21,9 @@ from archfront.cli.common import (
     console,
     errors,
     print_json,
-    shown_database,
 )
 from archfront.client import DEFAULT_DB, Job
+from archfront.db.connection import without_password
 from archfront.errors import InputError
 
 RayAddress = Annotated[str | None, typer.Option("--ray", help="Address of a running Ray cluster.")]
@@ -111,7 +111,7 @@ def _follow(
 
     shown = errors if as_json else console
     with _interruptible() as interrupted, RunDisplay(shown, job.name, job_objectives(job.spec)) as display:
-        display.announce(f"job {job.id} in {shown_database(db)}")
+        display.announce(f"job {job.id} in {without_password(db)}")
         reason = job.resume(
             evaluations=evaluations,
             accept_changes=agree,
@@ -125,17 +125,17 @@ def _follow(
         print_json(job.status() | {"ended": reason})
     if reason == "stopped":
         errors.print(
-            f"Interrupted; nothing is lost. Go on with: archfront resume {job.id} --db {shown_database(db)}",
+            f"Interrupted; nothing is lost. Go on with: archfront resume {job.id} --db {without_password(db)}",
             highlight=False,
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     if not as_json:
         status = job.status()
         done, failed = status["evaluations"]["done"], status["evaluations"]["failed"]
-        why = f" (why: archfront status {job.id} --db {shown_database(db)})" if failed else ""
+        why = f" (why: archfront status {job.id} --db {without_password(db)})" if failed else ""
         console.print(
             f"Job {job.id} is {job.state}: {status['reason']}; {done} evaluations done, {failed} failed{why}, "
-            f"{status['front']} on the front. See it with: archfront front {job.id} --db {shown_database(db)}",
+            f"{status['front']} on the front. See it with: archfront front {job.id} --db {without_password(db)}",
             highlight=False,
             soft_wrap=True,
         )
