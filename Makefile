@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all lint bench wheel-check
+.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -30,11 +30,34 @@ test: venv
 	$(BIN)/pytest -q -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: venv
-	$(BIN)/pytest -q -m slow --durations=15
+	$(BIN)/pytest -q -m "slow and not soak" --durations=15
+
+# The kill-anything suite: a cluster on network namespaces of this machine (Linux, root, iproute2). Part of test-all.
+test-cluster: venv
+	$(BIN)/pytest -q -m "slow and not soak" --durations=20 tests/cluster
+
+soak: venv
+	$(BIN)/pytest -q -m soak -s tests/cluster
 
 bench: venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python benchmarks/throughput.py
+
+bench-million: venv
+	$(BIN)/python benchmarks/million.py
+
+bench-scale: venv
+	$(BIN)/python benchmarks/scale.py
+
+# The kill-anything suite again, with its figures kept.
+bench-faults: venv
+	ARCHFRONT_FAULTS=benchmarks/faults.json $(BIN)/pytest -q -m "slow and not soak" tests/cluster/test_kill_anything.py
+	$(BIN)/python benchmarks/faults.py
+
+# What docker-compose.yml wants to find in ./secrets.
+secrets:
+	mkdir -p -m 700 secrets
+	umask 077; for name in db-password ray-token; do \
+	    [ -s secrets/$$name ] || openssl rand -hex 32 | tr -d '\n' > secrets/$$name; done
 
 # The wheel, in a venv and a folder of its own: what a user gets who never sees the checkout.
 wheel-check: venv

@@ -1,0 +1,72 @@
+"""Two jobs at once on a cluster, for whatever may befall it: many short evaluations, and real training."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accounting import Account, Witness, account, settled
+from cluster import Cluster, wait_until
+from jobs import synthetic_job
+
+SHORT, TRAINING, SLOTS = 2000, 60, 4
+
+
+class Jobs:
+    """Two jobs at once on the cluster: many short evaluations, and real training with checkpoints."""
+
+    def __init__(self, cluster: Cluster, witness: Witness, short: int = SHORT, training: int = TRAINING) -> None:
+        self._cluster = cluster
+        self._witness = witness
+        self.logs = [cluster.folder / f"{kind}-{time.monotonic_ns()}" for kind in ("short", "training")]
+        self.budgets = [short, training]
+        self.ids = [
+            self._submit(short_job(self.logs[0], short)),
+            self._submit(training_job(self.logs[1], training)),
+        ]
+
+    def reach(self, share: float, timeout_s: float = 240) -> None:
+        """Wait until both have committed this part of their budgets."""
+        for job, budget in zip(self.ids, self.budgets, strict=True):
+            settled(self._witness, job, max(1, int(share * budget)), timeout_s)
+
+    def counts(self) -> list[int]:
+        return [self._witness.count(job) for job in self.ids]
+
+    def finish(self, timeout_s: float = 400) -> list[Account]:
+        """Wait for the end of both, and do the accounts."""
+
+        def ended() -> bool:
+            return all(self._witness.state(job) not in (None, "queued", "running") for job in self.ids)
+
+        wait_until(ended, timeout_s, "the jobs did not end", lambda: self._cluster.containers["controller"].words(), 1)
+        return [
+            account(self._cluster.url, job, budget, self._witness, log)
+            for job, budget, log in zip(self.ids, self.budgets, self.logs, strict=True)
+        ]
+
+    def _submit(self, spec: dict[str, Any]) -> int:
+        file = self._cluster.folder / "job.yaml"
+        file.write_text(yaml.safe_dump(spec))
+        plugins = [word for plugin in self._cluster.plugins for word in ("--plugin", str(plugin))]
+        job = int(yaml.safe_load(self._cluster.archfront("submit", str(file), "--json", *plugins))["id"])
+        self._witness.follow(job)
+        return job
+
+
+def short_job(log: Path, evaluations: int) -> dict[str, Any]:
+    workers = {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 60}
+    return synthetic_job(evaluations, evaluator={"sleep_s": 0.05, "log": str(log)}, workers=workers, name="short")
+
+
+def training_job(log: Path, evaluations: int) -> dict[str, Any]:
+    return {
+        "name": "training",
+        "space": {"name": "fbnet-tiny", "resolution": 8, "layers": 3},
+        "data": {"name": "digits"},
+        "evaluators": [{"name": "counted-training", "log": str(log), "fidelities": [1, 3]}, {"name": "costs"}],
+        "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "params", "direction": "min"}],
+        "strategy": {"name": "nsga2", "population": 12},
+        "budget": {"evaluations": evaluations},
+        "workers": {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 120},
+    }
