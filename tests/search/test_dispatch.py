@@ -1,0 +1,115 @@
+"""Who gets work, and when: no worker waits for the strategy, and nothing runs that is not in the ledger."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from jobs import synthetic_job
+
+from archfront.db.ledger import Ledger
+from archfront.db.schema import Evaluation
+from archfront.db.writer import JobWriter
+from archfront.evaluators.evaluator import Metric, Task
+from archfront.plugins import read_plugins
+from archfront.search.engine import Engine
+from archfront.search.executors.executor import BatchResult
+from archfront.search.executors.simulated import SimulatedExecutor
+from archfront.search.job import parse_spec
+from archfront.search.plugins import load_plugins
+from archfront.search.resolve import resolve
+from archfront.search.worker import Outcome
+
+
+def simulated(task: Task) -> tuple[Outcome, float]:
+    cost = float(sum(task.genotype))
+    return Outcome(number=task.number, metrics={"gain": Metric(cost % 7), "cost": Metric(cost)}), 1.0 + cost % 5
+
+
+class Watched(SimulatedExecutor):
+    """Notes batches, how many are under way at each wait, and whether what it gets is in the ledger."""
+
+    def __init__(self, slots: int, ledger: Ledger) -> None:
+        super().__init__(simulated, slots)
+        self._ledger = ledger
+        self.sizes: list[int] = []
+        self.waits: list[int] = []
+        self.events: list[str] = []
+
+    def submit(self, batch: int, tasks: Sequence[Task], timeout_s: float) -> None:
+        with self._ledger.engine.connect() as connection:
+            numbers = [task.number for task in tasks]
+            query = sa.select(sa.func.count()).where(Evaluation.number.in_(numbers), Evaluation.state == "running")
+            assert connection.execute(query).scalar_one() == len(tasks)
+        self.sizes.append(len(tasks))
+        self.events.append("submit")
+        super().submit(batch, tasks, timeout_s)
+
+    def wait(self, timeout_s: float) -> list[BatchResult]:
+        self.waits.append(len(self._under_way))
+        self.events.append("wait")
+        return super().wait(timeout_s)
+
+
+def run(tmp_path: Path, plugin: Path, slots: int, **changes: Any) -> Watched:
+    load_plugins(read_plugins([plugin]))
+    spec = parse_spec(synthetic_job(**changes))
+    job = resolve(spec)
+    ledger = Ledger.open(str(tmp_path / "l.db"))
+    job_id = ledger.create_job(spec.name, spec.model_dump(mode="json"), job.space.digest)
+    writer = ledger.writer(job_id, ledger.begin_run(job_id, {}), job.signs)
+    executor = Watched(slots, ledger)
+    assert Engine(job, writer, executor, ledger.history(job_id, job.signs)).run() == "budget"
+    return executor
+
+
+@pytest.mark.parametrize("strategy", [{"name": "nsga2", "population": 6}, {"name": "random"}])
+def test_more_workers_than_a_strategy_proposes_at_once_are_all_busy(
+    tmp_path: Path, plugin: Path, strategy: dict[str, Any]
+) -> None:
+    executor = run(tmp_path, plugin, 60, evaluations=400, strategy=strategy)
+    # Until nothing more is to come: the last sixty end one after the other.
+    assert executor.waits[0] == 60
+    assert set(executor.waits[:-60]) == {60}
+
+
+def test_workers_share_what_is_out(tmp_path: Path, plugin: Path) -> None:
+    executor = run(
+        tmp_path,
+        plugin,
+        4,
+        evaluations=400,
+        strategy={"name": "nsga2", "population": 20},
+        evaluator={"batch_size": 100},
+    )
+    assert executor.waits[0] == 4
+    assert max(executor.sizes) == 10
+
+
+def test_the_next_evaluation_does_not_wait_for_a_commit(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[list[str]] = []
+    commit = JobWriter.commit
+
+    def watched(self: JobWriter, *arguments: Any) -> bool:
+        if executors:
+            executors[0].events.append("commit")
+        return commit(self, *arguments)
+
+    executors: list[Watched] = []
+    made = Watched.__init__
+
+    def noted(self: Watched, slots: int, ledger: Ledger) -> None:
+        made(self, slots, ledger)
+        executors.append(self)
+
+    monkeypatch.setattr(JobWriter, "commit", watched)
+    monkeypatch.setattr(Watched, "__init__", noted)
+    events.append(run(tmp_path, plugin, 3, evaluations=60, strategy={"name": "random"}).events)
+    steady = events[0][20:-20]
+    after_wait = [then for now, then in pairwise(steady) if now == "wait"]
+    # One ask is always ahead: what it made is sent before the result that freed the worker is committed.
+    assert set(after_wait) == {"submit"}
