@@ -28,7 +28,11 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass
 class Columns:
-    """Finished evaluations in the order of their ``seq``: ``matrix`` is ``(n, len(names))``, NaN where unknown."""
+    """Finished evaluations in the order of their ``seq``.
+
+    Attributes:
+        matrix: ``(n, len(names))``, NaN where unknown; column after column in memory, so that one is read alone.
+    """
 
     names: list[str]
     matrix: Matrix
@@ -136,11 +140,14 @@ def _joined(parts: list[tuple[list[str], Matrix]]) -> Columns:
     names = list(FIXED)
     for part_names, _ in parts:
         names += [name for name in part_names if name not in names]
-    if all(part_names == names for part_names, _ in parts):
-        return Columns(names, np.concatenate([matrix for _, matrix in parts]))
-    joined = np.full((sum(len(matrix) for _, matrix in parts), len(names)), np.nan)
+    joined = np.empty((sum(len(matrix) for _, matrix in parts), len(names)), order="F")
     start = 0
     for part_names, matrix in parts:
-        joined[start : start + len(matrix), [names.index(name) for name in part_names]] = matrix
+        rows = joined[start : start + len(matrix)]
+        if part_names == names:
+            rows[:] = matrix
+        else:
+            rows[:] = np.nan
+            rows[:, [names.index(name) for name in part_names]] = matrix
         start += len(matrix)
     return Columns(names, joined)

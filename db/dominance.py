@@ -8,6 +8,9 @@ import numpy.typing as npt
 
 Points = npt.NDArray[np.float64]
 
+# Sets of more points are thinned out first, by some of the front of a sample, while each takes a twentieth at least.
+_FEW, _SAMPLE, _STRONG, _WORTH_IT = 20_000, 2_000, 8, 0.95
+
 
 def nondominated(points: Points) -> npt.NDArray[np.bool_]:
     """Which rows of ``(n, m)`` no other row dominates; equal rows do not dominate each other, so all of them stay."""
@@ -15,7 +18,10 @@ def nondominated(points: Points) -> npt.NDArray[np.bool_]:
         return np.zeros(0, dtype=bool)
     if points.shape[1] == 1:
         return np.asarray(points[:, 0] == points[:, 0].min())
-    return np.asarray(moocore.is_nondominated(_finite(points), keep_weakly=True), dtype=bool)
+    kept = _not_clearly_dominated(points)
+    found = np.zeros(len(points), dtype=bool)
+    found[kept] = moocore.is_nondominated(_finite(points[kept]), keep_weakly=True)
+    return found
 
 
 def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
@@ -25,6 +31,30 @@ def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
     if points.shape[1] == 1:
         return np.unique(points[:, 0], return_inverse=True)[1].astype(np.int64)
     return np.asarray(moocore.pareto_rank(_finite(points)), dtype=np.int64)
+
+
+def _not_clearly_dominated(points: Points) -> npt.NDArray[np.int64]:
+    """Indices of the rows left when a few strong ones have thrown out what they dominate: that can neither be in the
+    front nor, dominance being transitive, keep anything out of it. Where little can be thrown out, little is tried."""
+    left = np.arange(len(points))
+    if len(points) < _FEW:
+        return left
+    sample = points[:: len(points) // _SAMPLE]
+    best = sample[nondominated(sample)]
+    with np.errstate(invalid="ignore"):  # infinities: such a row may be tried first or last
+        lowest, extent = sample.min(axis=0), np.ptp(sample, axis=0)
+        central = np.argsort(((best - lowest) / np.where(extent > 0, extent, 1)).sum(axis=1))
+    for row in best[central[:_STRONG]]:
+        no_better, equal = np.ones(len(points), dtype=bool), np.ones(len(points), dtype=bool)
+        for m, value in enumerate(row):
+            no_better &= points[:, m] >= value
+            equal &= points[:, m] == value
+        kept = ~no_better | equal
+        before = len(points)
+        left, points = left[kept], points[kept]
+        if len(points) > before * _WORTH_IT:
+            break
+    return left
 
 
 def _finite(points: Points) -> Points:

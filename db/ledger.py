@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import psutil
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from archfront.db.columns import load_columns
 from archfront.db.connection import Patience, ledger_errors, now, open_engine, write
+from archfront.db.history import History, read_history
 from archfront.db.lease import LEASE_S
-from archfront.db.records import AskRecord, History, StoredEvaluation
 from archfront.db.schema import (
     Artifact,
-    AskRow,
-    Attempt,
     Benchmark,
-    Candidate,
     Device,
     Evaluation,
     Job,
@@ -34,6 +31,8 @@ from archfront.db.writer import JobWriter
 from archfront.errors import InputError, JobBusyError, LeaseLostError
 
 T = TypeVar("T")
+
+_PLACE = "place"
 
 
 class Ledger:
@@ -206,7 +205,7 @@ class Ledger:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
-            "code": dict(code),
+            "code": {**code, _PLACE: _place()},
             "started_at": moment,
         }
         run_id = int(connection.execute(sa.insert(Run).values(run).returning(Run.id)).scalar_one())
@@ -244,30 +243,7 @@ class Ledger:
 
     def history(self, job_id: int, objectives: Sequence[tuple[str, int]]) -> History:
         """All asks and results of a job, to replay."""
-        return self.read(lambda connection: self._history(connection, job_id, objectives))
-
-    def _history(self, connection: Connection, job_id: int, objectives: Sequence[tuple[str, int]]) -> History:
-        evaluations = self._evaluations(connection, job_id)
-        columns = load_columns(connection, job_id)
-        ask_rows = connection.execute(sa.select(AskRow).where(AskRow.job_id == job_id).order_by(AskRow.number))
-        asks = [_ask_record(row, evaluations) for row in ask_rows]
-        elapsed = self._elapsed(connection, job_id)
-        alone = sa.select(Attempt.number).where(Attempt.job_id == job_id, Attempt.attempt == 0)
-        suspects = set(connection.execute(alone).scalars())
-        done = columns["done"] == 1
-        points = np.full((len(columns), len(objectives)), np.nan)
-        for i, (name, sign) in enumerate(objectives):
-            if name in columns:
-                points[done, i] = sign * columns[name][done]
-        return History(
-            asks=asks,
-            evaluations=evaluations,
-            finished=columns["number"].astype(int).tolist(),
-            objectives=points,
-            violations=np.where(done, columns["violation"], np.inf),
-            elapsed_s=elapsed,
-            suspects=suspects,
-        )
+        return read_history(self.read, job_id, objectives)
 
     def artifact(self, kind: str, key: str) -> dict[str, Any] | None:
         query = sa.select(Artifact.content).where(Artifact.kind == kind, Artifact.key == key)
@@ -327,7 +303,7 @@ class Ledger:
 
     def _live_lease(self, connection: Connection, job_id: int, *, lock: bool = False) -> dict[str, Any] | None:
         query = (
-            sa.select(Run.id, Run.host, Run.pid, Run.pid_started, Lease.expires_at)
+            sa.select(Run.id, Run.host, Run.pid, Run.pid_started, Run.code, Lease.expires_at)
             .join(Lease, Lease.run_id == Run.id)
             .where(Lease.job_id == job_id)
         )
@@ -336,37 +312,9 @@ class Ledger:
         if row is None or row["expires_at"] < now(connection):
             return None
         # A driver that was killed on this very host need not be waited for.
-        if row["host"] == socket.gethostname() and not _is_alive(row["pid"], row["pid_started"]):
+        if row["code"].get(_PLACE) == _place() and not _is_alive(row["pid"], row["pid_started"]):
             return None
         return dict(row)
-
-    def _evaluations(self, connection: Connection, job_id: int) -> list[StoredEvaluation]:
-        query = (
-            sa.select(
-                Evaluation.number, Evaluation.ask, Candidate.key, Candidate.genotype, Evaluation.fidelity,
-                Evaluation.repeat, Evaluation.seq, Evaluation.state, Evaluation.attempts, Evaluation.violation,
-            )
-            .join(Candidate, Candidate.id == Evaluation.candidate_id)
-            .where(Evaluation.job_id == job_id)
-            .order_by(Evaluation.number)
-        )  # fmt: skip
-        names = StoredEvaluation.__slots__
-        return [StoredEvaluation(**dict(zip(names, row, strict=True))) for row in connection.execute(query)]
-
-    def _elapsed(self, connection: Connection, job_id: int) -> float:
-        """Seconds that runs have spent on a job; a killed run counts up to its last commit."""
-        runs = connection.execute(
-            sa.select(Run.started_at, Run.ended_at).where(Run.job_id == job_id).order_by(Run.id)
-        ).all()
-        total = 0.0
-        for i, (start, end) in enumerate(runs):
-            if end is None:
-                until = runs[i + 1][0] if i + 1 < len(runs) else float("inf")
-                mine = (Evaluation.finished_at >= start) & (Evaluation.finished_at <= until)
-                last = sa.select(sa.func.max(Evaluation.finished_at)).where(Evaluation.job_id == job_id, mine)
-                end = connection.execute(last).scalar() or start
-            total += end - start
-        return total
 
 
 def _insert_new(connection: Connection, table: Any, values: Mapping[str, Any]) -> Any:
@@ -375,20 +323,15 @@ def _insert_new(connection: Connection, table: Any, values: Mapping[str, Any]) -
     return insert(table).values(dict(values)).on_conflict_do_nothing()
 
 
-def _ask_record(row: Any, evaluations: Sequence[StoredEvaluation]) -> AskRecord:
-    mine = evaluations[row.first : row.first + row.count]
-    return AskRecord(
-        number=row.number,
-        told=row.told,
-        first=row.first,
-        source=row.source,
-        keys=[e.key for e in mine],
-        genotypes=[e.genotype for e in mine],
-        fidelities=[e.fidelity for e in mine],
-        repeats=[e.repeat for e in mine],
-        memory=row.memory,
-        predictor=row.predictor,
-    )
+@cache
+def _place() -> str:
+    """Where a process number means the same: this boot of this machine, and this namespace of its processes. A host's
+    name does not tell: cloned machines and containers share one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
 
 
 def _is_alive(pid: int, started: float) -> bool:

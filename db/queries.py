@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.engine import Connection
 
 from archfront.db.columns import FIXED, Columns, load_columns
 from archfront.db.dominance import nondominated
 from archfront.db.expressions import Condition
-from archfront.db.reuse import origins
-from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow
+from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow, Reuse
 from archfront.errors import InputError, suggestion
 
 Fidelity = int | Literal["top", "any"]
@@ -61,16 +62,32 @@ def front(connection: Connection, job_id: int, query: FrontQuery) -> list[dict[s
 
 def top_fidelity(connection: Connection, job_id: int, seq: int | None = None) -> int | None:
     """The highest fidelity at which the job had finished an evaluation, or None."""
-    done = (Evaluation.job_id == job_id) & (Evaluation.state == "done")
-    if seq is not None:
-        done &= Evaluation.seq <= seq
-    return connection.execute(sa.select(sa.func.max(Evaluation.fidelity)).where(done)).scalar()
+    # Written out, not as a parameter: only so is the partial index on what is done used.
+    done = (Evaluation.job_id == job_id) & (Evaluation.state == sa.literal_column("'done'"))
+    highest = sa.select(sa.func.max(Evaluation.fidelity)).where(done)
+    level = connection.execute(highest).scalar()
+    while level is not None and seq is not None:
+        first = sa.select(sa.func.min(Evaluation.seq)).where(done, Evaluation.fidelity == level)
+        earliest = connection.execute(first).scalar()
+        if earliest is not None and earliest <= seq:
+            break
+        level = connection.execute(highest.where(Evaluation.fidelity < level)).scalar()
+    return level
 
 
 def seq_at(connection: Connection, job_id: int, moment: float) -> int:
     """How many evaluations were committed at a moment (seconds since 1970, by the database's clock)."""
-    query = sa.select(sa.func.max(Evaluation.seq)).where(Evaluation.job_id == job_id, Evaluation.finished_at <= moment)
-    return connection.execute(query).scalar() or 0
+    mine = Evaluation.job_id == job_id
+    last = connection.execute(sa.select(sa.func.max(Evaluation.seq)).where(mine)).scalar() or 0
+    # Time rises with seq, so twenty look-ups by seq find it among a million.
+    low, high = 0, last
+    while low < high:
+        middle = (low + high + 1) // 2
+        look_up = sa.select(Evaluation.finished_at).where(mine, Evaluation.seq == middle)
+        finished_at = connection.execute(look_up).scalar()
+        was_there = finished_at is not None and finished_at <= moment
+        low, high = (middle, high) if was_there else (low, middle - 1)
+    return low
 
 
 def seq_of(connection: Connection, job_id: int, number: int) -> int:
@@ -91,35 +108,48 @@ def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int])
 
     ``origin`` is the (job, evaluation) whose result a reused one is, else None; its checkpoint is then the origin's.
     """
+    query = (
+        sa.select(
+            Evaluation.number, Candidate.key, sa.cast(Candidate.genotype, sa.Text), Evaluation.fidelity, Evaluation.seq,
+            Evaluation.checkpoint, Evaluation.repeat, Reuse.origin_job_id, Reuse.origin_number,
+        )
+        .join(Candidate, Candidate.id == Evaluation.candidate_id)
+        .outerjoin(Reuse, (Reuse.job_id == Evaluation.job_id) & (Reuse.number == Evaluation.number))
+        .where(Evaluation.job_id == job_id, _among(connection, Evaluation.number, numbers))
+    )  # fmt: skip
     rows: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(numbers), 500):
-        chosen = list(numbers[start : start + 500])
-        query = (
-            sa.select(
-                Evaluation.number, Candidate.key, Candidate.genotype, Evaluation.fidelity,
-                Evaluation.seq, Evaluation.checkpoint, Evaluation.repeat,
-            )
-            .join(Candidate, Candidate.id == Evaluation.candidate_id)
-            .where(Evaluation.job_id == job_id, Evaluation.number.in_(chosen))
-        )  # fmt: skip
-        for number, key, genotype, fidelity, seq, checkpoint, repeat in connection.execute(query):
-            rows[number] = {
-                "evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, "seq": seq,
-                "repeat": repeat, "checkpoint": checkpoint, "metrics": {}, "std": {}, "provenance": {}, "origin": None,
-            }  # fmt: skip
-        for number, origin in origins(connection, job_id, chosen).items():
+    found = connection.execute(query).all()
+    # Parsed together: one call for each would take twice as long.
+    genotypes = json.loads(f"[{','.join([row[2] for row in found])}]")
+    for (number, key, _, fidelity, seq, checkpoint, repeat, *origin), genotype in zip(found, genotypes, strict=True):
+        rows[number] = {
+            "evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, "seq": seq,
+            "repeat": repeat, "checkpoint": checkpoint, "metrics": {}, "std": {}, "provenance": {}, "origin": None,
+        }  # fmt: skip
+        if origin[0] is not None:
             kept = sa.select(Evaluation.checkpoint)
             kept = kept.where(Evaluation.job_id == origin[0], Evaluation.number == origin[1])
-            rows[number] |= {"origin": origin, "checkpoint": connection.execute(kept).scalar()}
-        metrics = sa.select(
-            MetricRow.number, MetricRow.name, MetricRow.value, MetricRow.std, MetricRow.provenance
-        ).where(MetricRow.job_id == job_id, MetricRow.number.in_(chosen))
-        for number, name, value, std, provenance in connection.execute(metrics):
-            rows[number]["metrics"][name] = value
-            rows[number]["provenance"][name] = provenance
-            if std is not None:
-                rows[number]["std"][name] = std
+            rows[number] |= {"origin": tuple(origin), "checkpoint": connection.execute(kept).scalar()}
+    metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value, MetricRow.std, MetricRow.provenance)
+    metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, numbers))
+    for number, name, value, std, provenance in connection.execute(metrics).all():
+        row = rows[number]
+        row["metrics"][name] = value
+        row["provenance"][name] = provenance
+        if std is not None:
+            row["std"][name] = std
     return [rows[number] for number in numbers]
+
+
+def _among(connection: Connection, column: Any, numbers: Sequence[int]) -> sa.ColumnElement[bool]:
+    """Whether a column is one of any many numbers, as one parameter: thousands of them would have to be written out."""
+    found: sa.ColumnElement[bool]
+    if connection.dialect.name == "sqlite":
+        given = sa.func.json_each(json.dumps(list(numbers))).table_valued("value")
+        found = column.in_(sa.select(given.c.value))
+        return found
+    found = column == sa.any_(sa.literal(list(numbers), ARRAY(sa.BigInteger)))
+    return found
 
 
 def front_history(connection: Connection, job_id: int, fidelity: int) -> list[tuple[int, int, int | None]]:
@@ -182,10 +212,10 @@ def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str
         known = [*columns.metrics, *(name for name in FIXED if name in ("number", "fidelity", "seq"))]
         condition = Condition(query.where, known)
         keep &= condition.mask({name: columns[name] for name in condition.names | {"seq"}})
-    if not keep.any():
-        return []
-    chosen = columns.rows(keep)
-    points = np.stack([chosen[name] * (-1 if direction == "max" else 1) for name, direction in objectives], axis=1)
+    rows = np.flatnonzero(keep)
+    signs = [-1 if direction == "max" else 1 for _, direction in objectives]
+    points = np.stack([sign * columns[name][rows] for sign, (name, _) in zip(signs, objectives, strict=True)], axis=1)
     finite = np.isfinite(points).all(axis=1)
-    numbers = chosen["number"][finite][nondominated(points[finite])]
-    return sorted(int(number) for number in numbers)
+    if not finite.all():
+        rows, points = rows[finite], points[finite]
+    return sorted(columns["number"][rows[nondominated(points)]].astype(int).tolist())

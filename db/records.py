@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 
 class MetricValue(NamedTuple):
     """One metric as it is stored; the fields are those of the table ``metrics``."""
@@ -101,17 +98,3 @@ class StoredEvaluation:
     state: str
     attempts: int
     violation: float | None
-
-
-@dataclass(kw_only=True)
-class History:
-    """Everything that a job's engine resumes from. ``objectives`` is ``(finished, m)``, oriented, in order of seq;
-    ``suspects`` are evaluations whose batch died, to be tried alone."""
-
-    asks: list[AskRecord]
-    evaluations: list[StoredEvaluation]
-    finished: list[int]
-    objectives: npt.NDArray[np.float64]
-    violations: npt.NDArray[np.float64]
-    elapsed_s: float
-    suspects: set[int]

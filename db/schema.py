@@ -22,12 +22,15 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 JOB_STATES = ("queued", "running", "done", "failed", "cancelled")
 EVALUATION_STATES = ("running", "done", "failed", "cancelled")
 PROVENANCES = ("measured", "predicted", "computed")
+WORKER_LENGTH, NAME_LENGTH, DEVICE_LENGTH = 255, 100, 64
+"""The most characters of a worker's name, of a metric's or predictor's, and of a device's digest."""
 
 
 # On SQLite these rows lie in the order of their key: one B-tree to write instead of two, and a job's rows in sequence.
@@ -162,7 +165,7 @@ class Evaluation(Base):
     seq: Mapped[int | None]
     attempts: Mapped[int]
     violation: Mapped[float | None]
-    worker: Mapped[str | None] = mapped_column(String(255))
+    worker: Mapped[str | None] = mapped_column(String(WORKER_LENGTH))
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     duration_s: Mapped[float | None]
@@ -208,7 +211,7 @@ class Attempt(Base):
     kind: Mapped[str] = mapped_column(String(32))
     message: Mapped[str] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)
-    worker: Mapped[str | None] = mapped_column(String(255))
+    worker: Mapped[str | None] = mapped_column(String(WORKER_LENGTH))
     failed_at: Mapped[float]
     __table_args__ = (
         ForeignKeyConstraint(["job_id", "number"], ["evaluations.job_id", "evaluations.number"], ondelete="CASCADE"),
@@ -222,12 +225,12 @@ class MetricRow(Base):
     __tablename__ = "metrics"
     job_id: Mapped[int] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    name: Mapped[str] = mapped_column(String(NAME_LENGTH), primary_key=True)
     value: Mapped[float | None]
     std: Mapped[float | None]
     provenance: Mapped[str] = mapped_column(String(16))
-    predictor: Mapped[str | None] = mapped_column(String(100))
-    device: Mapped[str | None] = mapped_column(String(64))
+    predictor: Mapped[str | None] = mapped_column(String(NAME_LENGTH))
+    device: Mapped[str | None] = mapped_column(String(DEVICE_LENGTH))
     __table_args__ = (
         ForeignKeyConstraint(["job_id", "number"], ["evaluations.job_id", "evaluations.number"], ondelete="CASCADE"),
         CheckConstraint(_one_of("provenance", PROVENANCES), name="provenance"),
@@ -304,4 +307,12 @@ class Benchmark(Base):
 
 Index("ix_evaluations_candidate_id", Evaluation.candidate_id)
 Index("ix_front_members_job_id_fidelity_left_seq", FrontMember.job_id, FrontMember.fidelity, FrontMember.left_seq)
-Index("ix_evaluations_job_id_fidelity_seq", Evaluation.job_id, Evaluation.fidelity, Evaluation.seq)
+_DONE = text("state = 'done'")
+Index(
+    "ix_evaluations_done",
+    Evaluation.job_id,
+    Evaluation.fidelity,
+    Evaluation.seq,
+    sqlite_where=_DONE,
+    postgresql_where=_DONE,
+)

@@ -18,7 +18,7 @@ from archfront.db.connection import Patience, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
-from archfront.db.schema import ColumnChunk, FrontMember, Job, Lease
+from archfront.db.schema import WORKER_LENGTH, ColumnChunk, FrontMember, Job, Lease
 from archfront.errors import LeaseLostError, LedgerError
 
 _KEY = ("job_id", "number")
@@ -189,8 +189,14 @@ class JobWriter:
             connection,
             "attempts",
             ("job_id", "number", "attempt", "kind", "message", "traceback", "worker", "failed_at"),
-            [(self.job_id, a.number, a.attempt, a.kind, a.message, a.traceback, a.worker, moment) for a in attempts],
-        )
+            [
+                (
+                    self.job_id, a.number, a.attempt, a.kind, _text(a.message), _text(a.traceback),
+                    _text(a.worker, WORKER_LENGTH), moment,
+                )
+                for a in attempts
+            ],
+        )  # fmt: skip
         if not attempts:
             return
         latest = {a.number: a.attempt for a in attempts}
@@ -210,8 +216,8 @@ class JobWriter:
             _KEY,
             [
                 (
-                    f.state, seq, f.attempts, f.violation, f.worker, f.started_at,
-                    moment, f.duration_s, f.error, f.checkpoint, self.job_id, f.number,
+                    f.state, seq, f.attempts, f.violation, _text(f.worker, WORKER_LENGTH), f.started_at,
+                    moment, f.duration_s, _text(f.error), _text(f.checkpoint), self.job_id, f.number,
                 )
                 for seq, f in zip(seqs, finished, strict=True)
             ],
@@ -272,3 +278,12 @@ class JobWriter:
                     job_id=self.job_id, first_seq=first, last_seq=last, names=names, data=data, digest=digest
                 )
             )
+
+
+def _text(words: str | None, length: int | None = None) -> str | None:
+    """Text that every database takes: PostgreSQL stores no NUL, and nothing longer than its column."""
+    if words is None:
+        return None
+    if "\0" in words or not words.isascii():
+        words = words.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return words[:length]

@@ -15,7 +15,7 @@ from archfront.db.lease import kept_lease
 from archfront.db.ledger import Ledger
 from archfront.db.queries import evaluation_rows, job_objectives
 from archfront.db.reuse import Results
-from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError
+from archfront.errors import ArchfrontError, ChangedCodeError, InputError, JobFailedError, LeaseLostError, StoppedError
 from archfront.evaluators.evaluator import EvaluationContext
 from archfront.plugins import Plugin
 from archfront.search.code_identity import changes, code_identity
@@ -134,6 +134,8 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     try:
         with kept_lease(ledger.engine, job_id, run_id):
             reason = _run(ledger, job_id, run_id, job, code, options)
+    except StoppedError:
+        reason = "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
     except JobFailedError as error:
         ledger.end_run(job_id, run_id, "failed", str(error), "failed")
         raise
@@ -150,6 +152,8 @@ def drive(ledger: Ledger, job_id: int, options: DriveOptions) -> str:
     if options.claim and state == "running":
         state, words = "queued", "its controller was stopped; it waits for another"
     ledger.end_run(job_id, run_id, reason, words, state)
+    if reason == "cancelled":
+        ledger.request_cancel(job_id)  # what a driver that was not in its loop left written ahead
     return reason
 
 
@@ -169,13 +173,20 @@ def _run(
         # Where they are is the job's affair from now on: whoever takes it over finds them there.
         ledger.change_job(job_id, files=files)
     setup = WorkerSetup(spec=job.spec.model_dump(mode="json"), plugins=list(options.plugins), files=files)
+    stop = lambda: options.stop() or _is_cancelled(ledger, job_id)  # noqa: E731
     with made_executor(
-        job.spec, setup, hub=options.hub, ray_address=options.ray_address, announce=options.announce
+        job.spec,
+        setup,
+        hub=options.hub,
+        ray_address=options.ray_address,
+        announce=options.announce,
+        stop=stop,
+        apart=options.claim,
     ) as executor:
         devices = _prepare(ledger, job, executor, setup, options)
         executor.start()
         history = ledger.history(job_id, job.signs)
-        digest = _note_work(ledger, job_id, work_digest(job, code, devices), fresh=not history.asks)
+        digest = _note_work(ledger, job_id, work_digest(job, code, devices), fresh=not history.ask_count)
         shares = job.spec.reuse and digest is not None
         engine = Engine(
             job,
@@ -190,7 +201,6 @@ def _run(
         reason = engine.run()
         if _OUTCOMES[reason][0] != "done" or not job.spec.finalists.count:
             return reason
-        stop = lambda: options.stop() or _is_cancelled(ledger, job_id)  # noqa: E731
         if run_finalists(ledger, job_id, run_id, job, executor, announce=options.announce, stop=stop):
             return reason
         return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
@@ -218,7 +228,7 @@ def _prepare(
         needs = job.spec.workers.needs_of(name)
         context = EvaluationContext(space=job.space, data=job.spec.data, threads=threads_of(needs), files=setup.files)
         key, device = evaluator.prepare_key(context), evaluator.device_key(context)
-        if needs.device is not None:
+        if needs.device is not None or (evaluator.on_device and executor.elsewhere):
             # They identify the device, and that is where the worker is.
             key = key and executor.call(name, "prepare_key", {}, _KEY_S)
             device = device and executor.call(name, "device_key", {}, _KEY_S)
@@ -272,7 +282,7 @@ def _warm_start(ledger: Ledger, job: ResolvedJob, source: int, count: int) -> li
         )
     signs = [(name, -1 if direction == "max" else 1) for name, direction in job_objectives(row["spec"])]
     history = ledger.history(source, signs)
-    fidelity = {e.number: e.fidelity for e in history.evaluations}
+    fidelity = dict(zip(history.finished, history.fidelities.tolist(), strict=True))
     good = [i for i, violation in enumerate(history.violations) if violation == 0]
     if not good:
         raise InputError("warm_start.job", source, "has no feasible evaluation", "Name another job.")

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, History, MetricValue
+from archfront.db.history import History
+from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, MetricValue
 from archfront.db.writer import JobWriter
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
@@ -304,7 +305,8 @@ class Engine:
     def _take_lost(self, numbers: Sequence[int], result: BatchResult) -> None:
         for number in numbers:
             self._open[number].losses += not result.with_ray
-            if self._open[number].losses > _LOSSES:
+            if self._open[number].losses >= _LOSSES:
+                self._open[number].losses = 0
                 failure = Failure(kind="died", message=f"lost with its worker {_LOSSES} times")
                 self._take_outcome(Outcome(number=number, failure=failure), result.worker)
             else:
@@ -419,37 +421,34 @@ class Engine:
 
     def _restore(self, history: History) -> None:
         """Replay the ledger's asks and results, and queue what was written ahead."""
-        by_number = {e.number: e for e in history.evaluations}
-        rows = [
-            (n, by_number[n].fidelity, points if np.isfinite(points).all() else None, float(violation))
-            for n, points, violation in zip(history.finished, history.objectives, history.violations, strict=True)
-        ]
         told = 0
-        for record in history.asks:
+        for record in history.replay():
             if record.told > told:
-                self._strategy.tell(_results(rows[told : record.told], self._job.problem.objectives))
+                self._strategy.tell(_past_results(history, told, record.told))
                 told = record.told
             ask = Ask(number=record.number, count=record.count, first=record.first, seed=self._job.spec.seed)
             self._strategy.asked(ask, self._stored_proposals(record))
             self._seedings = [s for s in self._seedings if s.source != record.source]
-        self._untold = rows[told:]
-        self._asks = len(history.asks)
-        self._asked = len(history.evaluations)
+        self._asks = history.ask_count
+        self._asked = history.evaluation_count
         self._tally = Tally(history.elapsed_s)
-        for number, fidelity, points, _ in rows:
-            self._tally.count(by_number[number].state, fidelity, points, new=False)
+        points = [None if math.isnan(row[0]) else row for row in history.objectives.tolist()]
+        for number, fidelity, point in zip(history.numbers.tolist(), history.fidelities.tolist(), points, strict=True):
+            state = "done" if point is not None else "failed" if number in history.failed else "cancelled"
+            self._tally.count(state, fidelity, point, new=False)
+        rest = (history.numbers[told:].tolist(), history.fidelities[told:].tolist(), points[told:])
+        self._untold = list(zip(*rest, history.violations[told:].tolist(), strict=True))
         # A job that failed is given another chance when it is resumed.
         self._failed_before = self._tally.failed
-        last = next((ask for ask in reversed(history.asks) if ask.source != "scheduler"), None)
-        self._blocked = last is not None and last.count == 0 and last.told == self._tally.finished
+        self._blocked = history.last_ask == (self._tally.finished, 0)
         if self._executor.decides:
-            found = [by_number[number] for number, *_ in rows]
-            tasks = [self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat) for e in found]
-            self._executor.recall([(task, points) for task, (_, _, points, _) in zip(tasks, rows, strict=True)])
-        for e in history.evaluations:
-            if e.seq is None:
-                self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
-                self._open[e.number].alone = e.number in history.suspects
+            found = {e.number: e for e in history.stored()}
+            ended = [found[number] for number in history.numbers.tolist()]
+            tasks = [self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat) for e in ended]
+            self._executor.recall(list(zip(tasks, points, strict=True)))
+        for e in history.unfinished:
+            self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
+            self._open[e.number].alone = e.number in history.suspects
         self._look_up(list(self._open))
 
     def _stored_proposals(self, record: AskRecord) -> Proposals:
@@ -465,6 +464,15 @@ def _metric_values(metrics: Any) -> dict[str, MetricValue]:
 
 def _metric_value(metric: Metric) -> MetricValue:
     return MetricValue(float(metric.value), metric.std, metric.provenance, metric.predictor, metric.device)
+
+
+def _past_results(history: History, start: int, end: int) -> Results:
+    return Results(
+        numbers=history.numbers[start:end],
+        fidelities=history.fidelities[start:end],
+        objectives=history.objectives[start:end],
+        violations=history.violations[start:end],
+    )
 
 
 def _results(rows: Sequence[tuple[int, int, Sequence[float] | None, float]], objectives: int) -> Results:

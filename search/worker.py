@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
+from archfront.db.schema import DEVICE_LENGTH, NAME_LENGTH
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, Provenance, Task
 from archfront.evaluators.latency.measurement import measured_elsewhere
 from archfront.plugins import Plugin
@@ -149,6 +150,10 @@ def _checked(given: Any) -> Evaluated | Exception:
         for name, metric in given.metrics.items():
             if not isinstance(name, str) or not isinstance(metric, Metric):
                 raise TypeError(f"metric {name!r} is a {type(metric).__name__}, not a Metric with a name")
+            for what, text, most in (("name", name, NAME_LENGTH), ("predictor", metric.predictor, NAME_LENGTH),
+                                     ("device", metric.device, DEVICE_LENGTH)):  # fmt: skip
+                if text is not None and (len(str(text)) > most or "\0" in str(text)):
+                    raise ValueError(f"metric {name[:NAME_LENGTH]!r}: its {what} is longer than {most} characters")
             if metric.provenance not in get_args(Provenance):
                 raise ValueError(f"metric {name!r} has the unknown provenance {metric.provenance!r}")
             metrics[name] = Metric(

@@ -20,6 +20,7 @@ from archfront.db.queries import (
     top_fidelity,
 )
 from archfront.db.reuse import count_reused
+from archfront.db.walking import snapshot
 from archfront.errors import InputError, suggestion
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Job:
             InputError: something of it is unknown or cannot be parsed.
         """
         level = _fidelity(fidelity)
-        with self.ledger.engine.connect() as connection:
+        with snapshot(self.ledger.engine) as connection:
             seq = None
             if isinstance(at, datetime):
                 seq = seq_at(connection, self.id, at.timestamp())
@@ -152,7 +153,7 @@ class Job:
         """What stands in the ledger about the job, as plain data."""
         row = self.row
         holder = self.ledger.holder(self.id)
-        with self.ledger.engine.connect() as connection:
+        with snapshot(self.ledger.engine) as connection:
             states = counts(connection, self.id)
             failed = failures(connection, self.id, tracebacks)
             fidelity = top_fidelity(connection, self.id)

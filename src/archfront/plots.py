@@ -11,6 +11,7 @@ import numpy as np
 
 from archfront.client import Front, Job
 from archfront.db.columns import Columns, load_columns
+from archfront.db.walking import snapshot
 from archfront.errors import InputError
 
 FRONT_COLOUR, OTHER_COLOUR, ACCENT = "#0b6e99", "#c3c8cc", "#d1495b"
@@ -43,7 +44,7 @@ def axes(members: Front) -> list[tuple[str, str]]:
 
 def dominated_rows(members: Front, job: Job) -> Columns:
     """Finished feasible evaluations at the front's fidelities that are not on it."""
-    with job.ledger.engine.connect() as connection:
+    with snapshot(job.ledger.engine) as connection:
         columns = load_columns(connection, job.id)
     on_front = np.isin(columns["number"], [row["evaluation"] for row in members])
     level = np.isin(columns["fidelity"], [row["fidelity"] for row in members])

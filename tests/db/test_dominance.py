@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import moocore
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,25 @@ def dominates(first: Points, second: Points) -> bool:
 
 def brute_front(points: Points) -> list[bool]:
     return [not any(dominates(other, point) for other in points) for point in points]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ties", "sphere", "infinite", "alike"])
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_a_large_set_is_thinned_out_without_loss(objectives: int, kind: str) -> None:
+    rng = np.random.default_rng(objectives)
+    points = rng.random((40_000, objectives))
+    if kind == "ties":
+        points = np.round(points * 30)
+    elif kind == "sphere":
+        points = -np.abs(points - 1) / np.linalg.norm(points - 1, axis=1, keepdims=True)
+    elif kind == "infinite":
+        points[rng.random(points.shape) < 0.1] = -np.inf
+    elif kind == "alike":
+        points[:] = points[0]
+    # Dense ranks keep the order, and are finite.
+    ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in points.T], axis=1).astype(np.float64)
+    expected = np.asarray(moocore.is_nondominated(ranks, keep_weakly=True), dtype=bool)
+    assert np.array_equal(nondominated(points), expected)
 
 
 @given(POINTS)

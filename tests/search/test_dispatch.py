@@ -29,11 +29,16 @@ def simulated(task: Task) -> tuple[Outcome, float]:
 
 
 class Watched(SimulatedExecutor):
-    """Notes batches, how many are under way at each wait, and whether what it gets is in the ledger."""
+    """Notes batches, how many are under way at each wait, and whether what it gets is in the ledger.
 
-    def __init__(self, slots: int, ledger: Ledger) -> None:
+    Args:
+        together: how many results a wait brings.
+    """
+
+    def __init__(self, slots: int, ledger: Ledger, together: int = 1) -> None:
         super().__init__(simulated, slots)
         self._ledger = ledger
+        self._together = together
         self.sizes: list[int] = []
         self.waits: list[int] = []
         self.events: list[str] = []
@@ -50,17 +55,17 @@ class Watched(SimulatedExecutor):
     def wait(self, timeout_s: float) -> list[BatchResult]:
         self.waits.append(len(self._under_way))
         self.events.append("wait")
-        return super().wait(timeout_s)
+        return [result for _ in range(self._together) for result in super(Watched, self).wait(timeout_s)]
 
 
-def run(tmp_path: Path, plugin: Path, slots: int, **changes: Any) -> Watched:
+def run(tmp_path: Path, plugin: Path, slots: int, together: int = 1, **changes: Any) -> Watched:
     load_plugins(read_plugins([plugin]))
     spec = parse_spec(synthetic_job(**changes))
     job = resolve(spec)
     ledger = Ledger.open(str(tmp_path / "l.db"))
     job_id = ledger.create_job(spec.name, spec.model_dump(mode="json"), job.space.digest)
     writer = ledger.writer(job_id, ledger.begin_run(job_id, {}), job.signs)
-    executor = Watched(slots, ledger)
+    executor = Watched(slots, ledger, together)
     assert Engine(job, writer, executor, ledger.history(job_id, job.signs)).run() == "budget"
     return executor
 
@@ -73,6 +78,13 @@ def test_more_workers_than_a_strategy_proposes_at_once_are_all_busy(
     # Until nothing more is to come: the last sixty end one after the other.
     assert executor.waits[0] == 60
     assert set(executor.waits[:-60]) == {60}
+
+
+def test_nothing_runs_that_is_not_written_ahead(tmp_path: Path, plugin: Path) -> None:
+    """Five results at once ask for more than the two evaluations that wait, and those must be committed first."""
+    executor = run(tmp_path, plugin, 6, 5, evaluations=90, strategy={"name": "nsga2", "population": 2})
+    assert sum(executor.sizes) == 90
+    assert 6 in executor.waits
 
 
 def test_workers_share_what_is_out(tmp_path: Path, plugin: Path) -> None:
@@ -102,8 +114,8 @@ def test_the_next_evaluation_does_not_wait_for_a_commit(
     executors: list[Watched] = []
     made = Watched.__init__
 
-    def noted(self: Watched, slots: int, ledger: Ledger) -> None:
-        made(self, slots, ledger)
+    def noted(self: Watched, *arguments: Any) -> None:
+        made(self, *arguments)
         executors.append(self)
 
     monkeypatch.setattr(JobWriter, "commit", watched)

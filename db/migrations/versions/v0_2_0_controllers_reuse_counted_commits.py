@@ -46,6 +46,11 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("ix_evaluations_candidate_id", "evaluations", ["candidate_id"])
+    # Of the finished alone: one entry a row to write instead of two, and the highest fidelity reached is at its end.
+    op.drop_index("ix_evaluations_job_id_fidelity_seq", "evaluations")
+    done = sa.text("state = 'done'")
+    columns = ["job_id", "fidelity", "seq"]
+    op.create_index("ix_evaluations_done", "evaluations", columns, sqlite_where=done, postgresql_where=done)
     columns = ["job_id", "fidelity", "left_seq"]
     op.create_index("ix_front_members_job_id_fidelity_left_seq", "front_members", columns)
     # Plain ALTER TABLE: batch mode would copy the table, and dropping the old one would cascade to all that refers to it.

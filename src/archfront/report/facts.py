@@ -14,6 +14,7 @@ from archfront.client import Front, Job
 from archfront.db.columns import Columns, load_columns
 from archfront.db.dominance import hypervolume
 from archfront.db.queries import evaluation_rows, front_history
+from archfront.db.walking import snapshot
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class Facts:
 
 def gather(job: Job) -> Facts:
     members = job.front()
-    with job.ledger.engine.connect() as connection:
+    with snapshot(job.ledger.engine) as connection:
         columns = load_columns(connection, job.id)
         keys = connection.exec_driver_sql(
             f"SELECT count(DISTINCT candidate_id) FROM evaluations WHERE job_id = {job.id}"
@@ -120,7 +121,7 @@ def correlations(job: Job, columns: Columns, objectives: list[tuple[str, str]]) 
     if len(levels) < 2:
         return []
     numbers = [int(n) for n in done["number"]]
-    with job.ledger.engine.connect() as connection:
+    with snapshot(job.ledger.engine) as connection:
         keys = {row["evaluation"]: row["key"] for row in evaluation_rows(connection, job.id, numbers)}
     found = []
     for low, high in itertools.pairwise(levels):
@@ -148,7 +149,7 @@ def finalists(job: Job) -> list[Finalist]:
     found: dict[int, Finalist] = {}
     benchmarks = job.ledger.benchmarks(job.id)
     numbers = list(dict.fromkeys(b["number"] for b in benchmarks))
-    with job.ledger.engine.connect() as connection:
+    with snapshot(job.ledger.engine) as connection:
         for row in evaluation_rows(connection, job.id, numbers):
             found[row["evaluation"]] = Finalist(row=row)
     for benchmark in benchmarks:
