@@ -52,6 +52,13 @@ _POSTGRES_ARGUMENTS = {
     "tcp_user_timeout": 30_000,
     "application_name": "archfront",
 }
+_UP_TO_AT = re.compile(r"(:/+[^:]*):.*@", re.DOTALL)
+"""Of a URL that is hard to read: all that may be its password, and rather more than less."""
+
+_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:passw|passphrase|pwd)[^=&]*=)[^&]*", re.IGNORECASE)
+_MIGRATING = 0x61726368
+"""Key of the advisory lock of migrations: no other use of this database may take it."""
+
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
 
 
@@ -65,18 +72,33 @@ def parse_url(text: str) -> URL:
         text = f"sqlite:///{text}"
     try:
         url = make_url(text)
-    except ArgumentError:
-        raise InputError("--db", without_password(text), "is no database URL", "Give a path or sqlite:///FILE.") from None
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
+        raise InputError(
+            "--db", without_password(text), "is no database URL", "Give a path or sqlite:///FILE."
+        ) from None
     if url.get_backend_name() == "postgresql":
         url = url.set(drivername="postgresql+psycopg", password=url.password or _password_of_file())
     elif url.get_backend_name() != "sqlite":
-        raise InputError("--db", without_password(text), "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME.")
+        raise InputError(
+            "--db", without_password(text), "is of an unknown kind", "Use sqlite:///FILE or postgresql://HOST/NAME."
+        )
     return url
 
 
 def without_password(text: str) -> str:
-    """A database URL as it may be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text)
+    """A database URL, or what was meant as one, as it may be shown."""
+    shown = text
+    try:
+        url = make_url(text)
+        if url.password is not None:
+            shown = url.render_as_string(hide_password=True)
+        # An @ of a password that should have been written %40 leaves the password's end in the host or the path.
+        whole = url.get_backend_name() == "sqlite" or "@" not in f"{url.host}{url.database}"
+    except (ArgumentError, ValueError):
+        whole = False
+    if not whole:
+        shown = _UP_TO_AT.sub(r"\1:***@", text)
+    return _SECRET_OPTION.sub(r"\1***", shown)
 
 
 def _password_of_file() -> str | None:
@@ -229,24 +251,34 @@ def _file_system(path: Path) -> str:
     return next((mounts[str(folder)] for folder in [path, *path.resolve().parents] if str(folder) in mounts), "")
 
 
+def one_migration(connection: Connection) -> None:
+    """Wait until no other process migrates this database, and let none begin until this transaction ends."""
+    if connection.dialect.name == "postgresql":  # a write to SQLite has the only lock there is
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
+
+
 def _bring_schema(engine: Engine, text: str) -> None:
     script = ScriptDirectory.from_config(alembic_config())
     head = script.get_current_head()
     with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
+        # In this order: another process may bring the schema in between, and tables without a revision are no ledger.
         tables = sa.inspect(connection).get_table_names()
+        current = MigrationContext.configure(connection).get_current_revision()
     if current == head:
         return
     if current is None and not tables:
+        # Looks at the revision again once it is alone.
         command.upgrade(alembic_config(engine), "head")
         return
     known = {revision.revision for revision in script.walk_revisions()}
     if current is None:
-        raise LedgerError(f"--db: {without_password(text)!r} holds other tables and is no archfront ledger. Name another database.")
+        raise LedgerError(
+            f"--db: {without_password(text)!r} holds other tables and is no archfront ledger. Name another database."
+        )
     if current not in known:
         raise LedgerError(
-            f"--db: {without_password(text)!r} has schema {current!r}, which this version does not know (its own is {head!r}). "
-            "It was written by a newer archfront: upgrade archfront, or name another database."
+            f"--db: {without_password(text)!r} has schema {current!r}, which this version does not know "
+            f"(its own is {head!r}). It was written by a newer archfront: upgrade archfront, or name another database."
         )
     raise LedgerError(
         f"--db: {without_password(text)!r} has the older schema {current!r} (this version's is {head!r}). "

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 
 from archfront.db.bulk import bulk_of
-from archfront.db.connection import ledger_errors, open_engine, parse_url, write
+from archfront.db.connection import ledger_errors, open_engine, parse_url, without_password, write
 from archfront.db.ledger import Ledger
 from archfront.db.schema import Base, Controller, Lease
 from archfront.errors import InputError, LedgerError
@@ -44,20 +44,21 @@ def move(source: str, target: str, progress: Progress = lambda *_: None) -> dict
         InputError, LedgerError: it cannot be; the message names FROM or TO and says why. Nothing was copied.
     """
     if _same(source, target):
-        raise InputError("TO", target, "is the same database as FROM", "Name another one.")
+        raise InputError("TO", without_password(target), "is the same database as FROM", "Name another one.")
+    shown = without_password(source), without_password(target)
     with ExitStack() as stack:
         stack.enter_context(_speaking_of("FROM"))
         _refuse_empty(source)
         origin = open_engine(source, create=False)
         stack.callback(origin.dispose)
         with ledger_errors(source), _frozen(origin) as reading:
-            _refuse_driven(Ledger(origin, source), reading, source)
+            _refuse_driven(Ledger(origin, source), reading, shown[0])
             with _speaking_of("TO"):
                 goal = open_engine(target, create=True)
                 stack.callback(goal.dispose)
                 with ledger_errors(target), write(goal) as writing:
-                    _refuse_filled(writing, target)
-                    return _copy_all(reading, writing, (source, target), progress)
+                    _refuse_filled(writing, shown[1])
+                    return _copy_all(reading, writing, shown, progress)
     raise AssertionError("unreachable")
 
 
@@ -159,7 +160,9 @@ def _refuse_empty(source: str) -> None:
     try:
         with ledger_errors(source), engine.connect() as connection:
             if not sa.inspect(connection).get_table_names():
-                raise LedgerError(f"FROM: {source!r} is empty. Name the database that holds the ledger.")
+                raise LedgerError(
+                    f"FROM: {without_password(source)!r} is empty. Name the database that holds the ledger."
+                )
     finally:
         engine.dispose()
 

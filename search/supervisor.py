@@ -49,6 +49,7 @@ def supervise(command: Sequence[str], log: Callable[[str], None]) -> int:
         log(f"started {command[0]} as process {process.pid}")
         while process.poll() is None and not ending.is_set():
             ending.wait(0.2)
+            _reap_orphans(process.pid)
         clear_children()
         if ending.is_set():
             break
@@ -57,6 +58,18 @@ def supervise(command: Sequence[str], log: Callable[[str], None]) -> int:
         ending.wait(pause)
     log("ended")
     return 0
+
+
+def _reap_orphans(command: int) -> None:
+    """Take the exit statuses of orphans that ended; nobody else does, and each would keep its process number.
+
+    Args:
+        command: the process whose status is left to who started it.
+    """
+    if sys.platform == "linux":
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != command:
+                os.waitpid(ended.si_pid, 0)
 
 
 def clear_children() -> None:

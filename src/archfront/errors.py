@@ -70,6 +70,12 @@ class WorkersUnreachableError(ArchfrontError):
     exit_code = 3
 
 
+class StoppedError(ArchfrontError):
+    """A driver was told to stop, or its job was cancelled, while it waited for workers."""
+
+    exit_code = 130
+
+
 class MissingExtraError(ArchfrontError):
     """A feature needs a package that is not installed."""
 

@@ -181,12 +181,22 @@ def test_files_that_are_no_jobs(archfront: Command, tmp_path: Path, content: str
     assert not Path("archfront.db").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "submit"])
+@pytest.mark.parametrize("changes", [{"seed": -1}, {"space": {"name": "fbnett"}}])
+def test_a_bad_job_makes_no_database(archfront: Command, tmp_path: Path, command: str, changes: dict[str, Any]) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(synthetic_job() | changes))
+    code, _, err = archfront(command, "job.yaml", "--db", "new.db")
+    assert code == 2, err
+    assert not Path("new.db").exists()
+
+
 def test_missing_things(archfront: Command, tmp_path: Path) -> None:
     for arguments, expected in (
         (["run", "none.yaml"], "none.yaml"),
         (["front", "last"], "does not exist"),
         (["jobs", "--db", "no/folder/x.db"], "does not exist"),
         (["jobs", "--db", "mysql://host/x"], "--db"),
+        (["jobs", "--db", "postgresql://u:p@host:port/x"], "is no database URL"),
         (["run", "none.yaml", "--plugin", "none.py"], "--plugin"),
     ):
         code, _, err = archfront(*arguments)

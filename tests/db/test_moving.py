@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import archfront
 from archfront.cli.main import app
 from archfront.db import columns, moving
-from archfront.db.connection import open_engine, write
+from archfront.db.connection import open_engine, parse_url, write
 from archfront.db.ledger import Ledger
 from archfront.db.moving import move
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
@@ -239,6 +239,26 @@ def test_nobody_writes_to_the_source_meanwhile(tmp_path: Path, postgres: Postgre
     move(source, str(tmp_path / "b.db"), interfere)
     assert blocked == ["jobs"]
     impatient.dispose()
+
+
+def test_no_password_is_printed(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(str(tmp_path / "a.db"), monkeypatch)
+    url = parse_url(postgres.empty())
+    # The server asks for none, or takes the right one, which stands first.
+    password = url.password or "se/cret"
+    target = url.set(drivername="postgresql", password=password).render_as_string(hide_password=False)
+    printed = CliRunner().invoke(app, ["db", "move", str(tmp_path / "a.db"), target], env={"COLUMNS": "400"})
+    assert printed.exit_code == 0, printed.output
+    messages = [
+        printed.output,
+        refused(tmp_path / "a.db", target),
+        refused(target, target),
+        refused(sa.make_url(target).set(database=parse_url(postgres.empty()).database).render_as_string(False), "x.db"),
+    ]
+    for message in messages:
+        assert "***" in message
+        assert password not in message
+        assert password.replace("/", "%2F") not in message
 
 
 def test_the_command_prints_the_rows_of_each_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

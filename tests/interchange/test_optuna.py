@@ -16,6 +16,7 @@ from jobs import synthetic_job
 from postgres import Postgres
 
 import archfront
+from archfront.cli.main import main
 from archfront.client import Job
 from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, evaluation_rows, front
@@ -278,6 +279,54 @@ def test_refusals_name_the_field_and_leave_no_trace(job: Job, tmp_path: Path) ->
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"a" * 101: 1.0}))
     assert "too long a name" in bring(storage, "odd")
     assert ledger.find_job("last") == 3
+
+
+def test_no_password_is_printed(
+    job: Job, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = sa.make_url(postgres.empty())
+    password = url.password or "se/cret"
+    url = url.set(drivername="postgresql+psycopg", password=password).update_query_dict({"password": password})
+    place = url.render_as_string(hide_password=False)
+    wrong = url.set(host="127.0.0.1", port=9, query={"password": password}).render_as_string(hide_password=False)
+    ledger = str(job.ledger.engine.url.database)
+
+    def archfront_command(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["archfront", *arguments, "--db", ledger])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        captured = capsys.readouterr()
+        return int(ending.value.code or 0), captured.out + captured.err
+
+    for code, arguments in (
+        (0, ["export", "1", "--to", f"optuna:{place}"]),
+        (2, ["export", "1", "--to", f"optuna:{place}"]),
+        (2, ["export", "1", "--to", f"optuna:{wrong}"]),
+        (2, ["export", "1", "--to", place.replace("+psycopg", "")]),
+        (2, ["export", "1", "--to", f"optuna:{place.replace('+psycopg', '+other')}"]),
+        (2, ["export", "1", "--to", "optuna:postgresql://u:se/cret@h:port/x"]),
+        (0, ["import", "optuna", place, "synthetic", "--name", "back"]),
+        (2, ["import", "optuna", wrong, "synthetic"]),
+    ):
+        ended, printed = archfront_command(*arguments)
+        assert ended == code, printed
+        assert "import" in arguments or "***" in printed
+        assert not any(word in printed for word in ("se/cret", "se%2Fcret", password)), printed
+    assert password.replace("/", "%2F") not in json.dumps(Job(job.ledger, "back").spec)
+
+
+def test_choices_that_json_does_not_have_become_text(tmp_path: Path, postgres: Postgres) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(storage=storage, study_name="clip")
+    choices = optuna.distributions.CategoricalDistribution([1.0, math.inf, -math.inf])
+    for value in choices.choices:
+        study.add_trial(optuna.trial.create_trial(value=1.0, params={"clip": value}, distributions={"clip": choices}))
+    ledger = Ledger.open(postgres.ledger())
+    assert import_study(ledger, storage, "clip").endings["done"] == 3
+    with ledger.engine.connect() as connection:
+        found = [row["genotype"]["clip"] for row in evaluation_rows(connection, 1, range(3))]
+    assert found == [1.0, "inf", "-inf"]
+    ledger.close()
 
 
 def test_an_export_that_fails_leaves_no_study(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 SCRIPT = """
 import os, subprocess, sys, time
@@ -59,6 +60,31 @@ def test_sigterm_ends_the_whole_family(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(pid) for pid in starts(log)[0])
     assert process.stdout is not None
     process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to a supervisor")
+def test_orphans_that_ended_are_reaped_while_the_command_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # Its child leaves three orphans, which end at once.
+    script = """
+import subprocess, sys, time
+child = "import subprocess, sys; [subprocess.Popen([sys.executable, '-c', '']) for _ in range(3)]"
+subprocess.run([sys.executable, "-c", child])
+time.sleep(1)
+open(sys.argv[1], "a").write("gone\\n")
+while not __import__("os").path.exists(sys.argv[1] + ".end"):
+    time.sleep(0.05)
+sys.exit(7)
+"""
+    supervise = [sys.executable, "-m", "archfront", "supervise", "--", sys.executable, "-c", script, str(log)]
+    process = subprocess.Popen(supervise, stdout=subprocess.PIPE, text=True)
+    until(log.exists)
+    until(lambda: len(psutil.Process(process.pid).children()) == 1)
+    # The command's own status stays its own.
+    Path(f"{log}.end").touch()
+    until(lambda: log.read_text().count("gone") == 2)
+    process.send_signal(signal.SIGTERM)
+    assert "ended with 7; again in 2 s" in process.communicate(timeout=30)[0]
 
 
 def test_a_command_that_does_not_exist_is_named() -> None:

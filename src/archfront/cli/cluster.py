@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from archfront.cli.common import EXIT_FAILED, AsJson, Database, PluginFiles, console, print_json
-from archfront.cli.running import Files
+from archfront.cli.running import Files, checked_spec
 from archfront.client import DEFAULT_DB
 from archfront.db.connection import without_password
 from archfront.errors import InputError
@@ -35,10 +35,11 @@ def submit(
     from archfront.db.ledger import Ledger
     from archfront.plugins import read_plugins
     from archfront.search import driver
-    from archfront.search.job import read_spec
 
     plugins = read_plugins(plugin or [])
-    job_id = driver.submit(Ledger.open(db), read_spec(file), plugins, managed=True, files=files)
+    # Before the ledger is opened: a bad file leaves none behind.
+    spec = checked_spec(file, plugins)
+    job_id = driver.submit(Ledger.open(db), spec, plugins, managed=True, files=files)
     if json:
         print_json({"id": job_id, "state": "queued"})
     else:

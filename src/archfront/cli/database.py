@@ -87,7 +87,8 @@ def move(
         table.add_row(name, f"{rows:,}")
     console.print(table)
     console.print(
-        f"{target} holds all of it, counted; {source} is unchanged. Checkpoints stay in the folders where they are.",
+        f"{without_password(target)} holds all of it, counted; {without_password(source)} is unchanged. "
+        "Checkpoints stay in the folders where they are.",
         highlight=False,
         soft_wrap=True,
     )

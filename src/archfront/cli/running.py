@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,10 @@ from archfront.cli.common import (
 from archfront.client import DEFAULT_DB, Job
 from archfront.db.connection import without_password
 from archfront.errors import InputError
+
+if TYPE_CHECKING:
+    from archfront.plugins import Plugin
+    from archfront.search.job import JobSpec
 
 RayAddress = Annotated[str | None, typer.Option("--ray", help="Address of a running Ray cluster.")]
 Files = Annotated[
@@ -45,12 +49,10 @@ def run(
     from archfront.db.ledger import Ledger
     from archfront.plugins import read_plugins
     from archfront.search.driver import submit
-    from archfront.search.job import read_spec
-    from archfront.search.plugins import load_plugins
 
     sources = read_plugins(plugin or [])
-    load_plugins(sources)
-    spec = read_spec(file)
+    # Before the ledger is opened: a bad file leaves none behind.
+    spec = checked_spec(file, sources)
     if workers is not None:
         spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": workers})})
     ledger = Ledger.open(db)
@@ -93,6 +95,22 @@ def cancel(job: JobReference, db: Database = DEFAULT_DB, json: AsJson = False) -
         console.print(f"Job {found.id} is being driven; its driver ends it within seconds.", highlight=False)
     else:
         console.print(f"Job {found.id} is {found.state}.", highlight=False)
+
+
+def checked_spec(file: str, plugins: Sequence[Plugin]) -> JobSpec:
+    """A job file, read and checked as far as that goes without a ledger; its plug-ins are loaded.
+
+    Raises:
+        InputError: the job cannot work.
+    """
+    from archfront.search.job import read_spec
+    from archfront.search.plugins import load_plugins
+    from archfront.search.resolve import resolve
+
+    load_plugins(plugins)
+    spec = read_spec(file)
+    resolve(spec)
+    return spec
 
 
 def _follow(

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
 from archfront.client import Job
+from archfront.db.connection import without_password
 from archfront.db.queries import job_objectives, top_fidelity
 from archfront.db.schema import Candidate, Evaluation
 from archfront.db.walking import WALK_ROWS, Walked, snapshot, walk
@@ -64,7 +65,7 @@ def export_study(job: Job, to: str) -> Written:
             remedy = (
                 f"Delete it (optuna delete-study --study-name {job.name!r} --storage ...), or name another storage."
             )
-            raise InputError("--to", to, f"has a study {job.name!r} already", remedy)
+            raise InputError("--to", without_password(to), f"has a study {job.name!r} already", remedy)
         objectives = job_objectives(job.spec)
         better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
         directions = [better[direction] for _, direction in objectives]

@@ -109,9 +109,9 @@ class _Reader:
 
     def genotype(self, trial: FrozenTrial) -> Any:
         if "archfront:genotype" in trial.user_attrs:
-            return trial.user_attrs["archfront:genotype"]
+            return _plain(trial.user_attrs["archfront:genotype"])
         # A trial that waits has none yet but those that it was enqueued with.
-        return dict(trial.params) or dict(trial.system_attrs.get("fixed_params", {}))
+        return _plain(dict(trial.params) or dict(trial.system_attrs.get("fixed_params", {})))
 
     def ending(self, number: int, trial: FrozenTrial) -> Ending:
         attrs = trial.user_attrs
@@ -195,6 +195,15 @@ def _chunks(trials: Sequence[FrozenTrial]) -> Iterator[Sequence[FrozenTrial]]:
 def _free(name: str) -> str:
     """A metric's name that is no column of the ledger's own tables."""
     return f"user_{name}" if name in _TAKEN else name
+
+
+def _plain(value: Any) -> Any:
+    """A genotype with numbers that JSON does not have as text: "inf", "-inf", "nan"."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mapping(attrs: Mapping[str, Any], name: str) -> Mapping[str, Any]:

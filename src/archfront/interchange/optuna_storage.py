@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from archfront.db.connection import without_password
 from archfront.errors import InputError
 
 _SQLITE = b"SQLite format 3\0"
@@ -54,33 +55,42 @@ def open_storage(text: str, field: str, *, create: bool) -> tuple[BaseStorage, s
 
 def _open_journal(path: Path, field: str, *, create: bool) -> tuple[BaseStorage, str]:
     if not path.exists() and not create:
-        raise InputError(field, str(path), "does not exist", "Give a database URL, or the path of a journal file.")
+        raise InputError(
+            field, without_password(str(path)), "does not exist", "Give a database URL, or the path of a journal file."
+        )
     if not path.absolute().parent.is_dir():
-        raise InputError(field, str(path), "lies in a folder that does not exist", "Make the folder first.")
+        raise InputError(
+            field, without_password(str(path)), "lies in a folder that does not exist", "Make the folder first."
+        )
     if path.is_dir():
-        raise InputError(field, str(path), "is a folder", "Give a database URL, or the path of a journal file.")
+        raise InputError(
+            field, without_password(str(path)), "is a folder", "Give a database URL, or the path of a journal file."
+        )
     try:
         return JournalStorage(JournalFileBackend(str(path))), str(path.resolve())
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise InputError(field, str(path), "is no journal of Optuna", "Give another file, or a database URL.") from None
+        raise InputError(
+            field, without_password(str(path)), "is no journal of Optuna", "Give another file, or a database URL."
+        ) from None
 
 
 def _open_database(text: str, field: str, *, create: bool) -> tuple[BaseStorage, str]:
+    shown = without_password(text)
     remedy = "Give e.g. sqlite:///study.db, postgresql+psycopg://HOST/NAME, or the path of a journal file."
     try:
         url = make_url(text)
         url.get_dialect()
-    except (ArgumentError, NoSuchModuleError):
-        raise InputError(field, text, "is no database URL", remedy) from None
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise InputError(field, shown, "is no database URL", remedy) from None
     except ImportError as error:
-        raise InputError(field, text, f"needs a driver that is not installed ({error})", remedy) from None
-    named = url.render_as_string(hide_password=True)
+        raise InputError(field, shown, f"needs a driver that is not installed ({error})", remedy) from None
+    named = without_password(url.render_as_string(hide_password=False))
     if url.get_backend_name() == "sqlite":
         path = Path(url.database or "").absolute()
         if not url.database or (not path.exists() and not create):
-            raise InputError(field, text, "does not exist", remedy)
+            raise InputError(field, shown, "does not exist", remedy)
         if not path.parent.is_dir():
-            raise InputError(field, text, "lies in a folder that does not exist", "Make the folder first.")
+            raise InputError(field, shown, "lies in a folder that does not exist", "Make the folder first.")
         named = f"sqlite:///{path.resolve()}"
     try:
         engine = sa.create_engine(url)
@@ -90,15 +100,15 @@ def _open_database(text: str, field: str, *, create: bool) -> tuple[BaseStorage,
         own = "trials" in tables and "studies" in tables
         if not own and (tables or not create):
             # Optuna would put its tables among those of another program, and a version of its own.
-            raise InputError(field, text, "holds no studies of Optuna", "Name another database.")
+            raise InputError(field, shown, "holds no studies of Optuna", "Name another database.")
         return RDBStorage(text, skip_table_creation=own), named
     except ImportError as error:
-        raise InputError(field, text, f"needs a driver that is not installed ({error})", remedy) from None
+        raise InputError(field, shown, f"needs a driver that is not installed ({error})", remedy) from None
     except RuntimeError as error:
-        raise InputError(field, text, f"cannot be used: {error}", "Bring it to this Optuna's schema first.") from None
+        raise InputError(field, shown, f"cannot be used: {error}", "Bring it to this Optuna's schema first.") from None
     except SQLAlchemyError as error:
         cause = str(getattr(error, "orig", error)).strip()
-        raise InputError(field, text, f"cannot be used: {cause}", "Check that it can be reached.") from None
+        raise InputError(field, shown, f"cannot be used: {cause}", "Check that it can be reached.") from None
 
 
 class TrialWriter(ABC):

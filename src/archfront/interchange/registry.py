@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archfront.client import Job
+from archfront.db.connection import without_password
 from archfront.errors import InputError, suggestion
 
 
@@ -45,7 +46,7 @@ def scheme_of(to: str) -> str | None:
     if not colon or not scheme.isalpha() or Path(to).suffix in (".json", ".safetensors", ".pt2"):
         return None
     if scheme not in SCHEMES:
-        raise InputError("--to", to, "begins with an unknown scheme", suggestion(scheme, SCHEMES))
+        raise InputError("--to", without_password(to), "begins with an unknown scheme", suggestion(scheme, SCHEMES))
     if not rest:
         raise InputError("--to", to, "names no place", f"Write one of {FORMS}.")
     return scheme
