@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from archfront.db.connection import without_password
 from archfront.db.controllers import beat_controller, enter_controller, fair_part
 from archfront.db.ledger import Ledger
 from archfront.errors import ArchfrontError, ChangedCodeError, JobBusyError, JobFailedError, LedgerError
@@ -74,7 +75,7 @@ class Controller:
         """Drive what is to be driven until told to stop."""
         hub = RayHub(self._options.ray_address)
         controller = enter_controller(self._ledger, self._options.ray_address)
-        self._options.log(f"controller {controller} is up: {self._ledger.engine.url!r}")
+        self._options.log(f"controller {controller} is up: {without_password(self._ledger.url)}")
         beaten = 0.0
         try:
             while not self._options.stop():
@@ -90,10 +91,9 @@ class Controller:
                     self._quiet_until = time.monotonic() + _SETTLE_S
                 time.sleep(_POLL_S)
         finally:
-            # First the hub: a thread may wait for an answer of Ray's. What was under way is lost, and done again.
-            hub.close()
             for thread in self._threads.values():
                 thread.join()
+            hub.close()
             with suppress(LedgerError, SQLAlchemyError):
                 beat_controller(self._ledger, controller, "ended", ended=True)
             self._options.log(f"controller {controller} has ended; its jobs are free")
@@ -153,10 +153,7 @@ class Controller:
             # Another controller may have the right code; this one never will.
             self._note_trouble(job_id, str(error), _LONGEST_PAUSE_S)
         except ArchfrontError as error:
-            if self._options.stop():
-                log(str(error))
-            else:
-                self._note_trouble(job_id, str(error))
+            self._note_trouble(job_id, str(error))
         except Exception as error:
             self._note_trouble(job_id, repr(error))
             log(traceback.format_exc())

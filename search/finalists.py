@@ -90,6 +90,7 @@ def _train(
     settings = {"epochs": epochs}
     waiting = [row for row in finalists if not _is_there(ledger, job_id, row, "training", settings)]
     under_way: dict[int, dict[str, Any]] = {}
+    tried: dict[int, int] = {}
     top = max(job.fidelities)
     limit_s = job.spec.workers.timeout_s * max(1.0, epochs / max(top, 1))
     if waiting:
@@ -103,7 +104,15 @@ def _train(
             return False
         for result in executor.wait(0.25):
             row = under_way.pop(result.batch)
+            if result.lost:
+                waiting.append(row)  # nobody's fault, as in the search
+                continue
             content = _trained(result)
+            tried[result.batch] = tried.get(result.batch, 0) + 1
+            if "error" in content and tried[result.batch] < job.spec.workers.attempts:
+                announce(f"finalist {row['key'][:8]}, attempt {tried[result.batch]}: {_words(content)}")
+                waiting.append(row)
+                continue
             ledger.store_benchmark(job_id, run_id, row["evaluation"], "training", settings, content, None)
             announce(f"finalist {row['key'][:8]} trained: {_words(content)}")
     return True
@@ -116,7 +125,7 @@ def _trained(result: BatchResult) -> dict[str, Any]:
         values = {name: metric.value for name, metric in outcome.metrics.items()}
         return _finite(values | {"checkpoint": outcome.checkpoint, "duration_s": outcome.duration_s})
     failure = result.death if outcome is None else outcome.failure
-    return {"error": "its worker was lost" if failure is None else failure.message}
+    return {"error": "it gave no result" if failure is None else failure.message}
 
 
 def _measure(

@@ -14,6 +14,8 @@ from archfront.db.queries import FrontQuery, front
 from archfront.db.reuse import borrowed
 from archfront.db.schema import Benchmark, Evaluation, Job
 
+_STEP = 500
+
 
 def collect(db: str, reference: str, *, dry_run: bool = False) -> list[dict[str, Any]]:
     """Delete what the jobs' rules do not keep. A job that is being driven is skipped: it may need any of it.
@@ -43,12 +45,16 @@ def _collect_job(ledger: Ledger, job_id: int, dry_run: bool) -> dict[str, Any]:
         checkpoints = {number: str(uri) for number, uri in connection.execute(present)}
         kept = _kept(connection, job_id, keep, set(checkpoints))
     dropped = {number: uri for number, uri in checkpoints.items() if number not in kept}
-    for uri in dropped.values():
-        facts["bytes"] += _delete(uri, dry_run)
-    if not dry_run and dropped:
-        with write(ledger.engine) as connection:
-            gone = sa.update(Evaluation).where(Evaluation.job_id == job_id, Evaluation.number.in_(list(dropped)))
-            connection.execute(gone.values(checkpoint=None))
+    numbers = list(dropped)
+    for start in range(0, len(numbers), _STEP):
+        chosen = numbers[start : start + _STEP]
+        if not dry_run:
+            # The ledger first: it may name no file that is gone, while a file that it does not name harms nobody.
+            with write(ledger.engine) as connection:
+                gone = sa.update(Evaluation).where(Evaluation.job_id == job_id, Evaluation.number.in_(chosen))
+                connection.execute(gone.values(checkpoint=None))
+        for number in chosen:
+            facts["bytes"] += _delete(dropped[number], dry_run)
     return facts | {"files": len(dropped), "kept": len(checkpoints) - len(dropped)}
 
 

@@ -37,6 +37,9 @@ class Executor(ABC):
 
     slots: int
 
+    elsewhere: bool = False
+    """Whether its workers may be on other machines than the driver."""
+
     decides: ClassVar[bool] = False
     """Whether it says which candidates go on to the next fidelity, in the place of the strategy's successive halving;
     ``recall`` and ``promotions`` are then used."""

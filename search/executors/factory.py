@@ -30,6 +30,8 @@ def made_executor(
     hub: RayHub | None = None,
     ray_address: str | None = None,
     announce: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    apart: bool = False,
 ) -> Iterator[Executor]:
     """An executor, closed at the end of the block.
 
@@ -37,22 +39,26 @@ def made_executor(
         hub: a way to Ray that is there already and stays; jobs on it wait for Ray for ever. One of this job's own, at
             ``ray_address`` or the environment's RAY_ADDRESS, if None.
         announce: called with a line on what the workers wait for.
+        stop: polled while something waits for a worker outside of the search itself; true raises ``StoppedError``.
+        apart: never in this process, which serves other jobs too: ``inline`` becomes one child process.
     """
     workers = spec.workers
     setup.threads = threads_of(workers)
-    if workers.executor == "inline":
+    if workers.executor == "inline" and not apart:
         yield InlineExecutor(setup)
         return
     with ExitStack() as held:
-        if workers.executor == "process":
-            process = ProcessExecutor(setup, slots=workers.count, threads=setup.threads, memory_mb=workers.memory_mb)
+        if workers.executor in ("process", "inline"):
+            slots = workers.count if workers.executor == "process" else InlineExecutor.slots
+            process = ProcessExecutor(setup, slots=slots, threads=setup.threads, memory_mb=workers.memory_mb)
             yield held.enter_context(closing(process))
             return
         if spec.engine == "tune":
             address = hub.address if hub is not None else ray_address or os.environ.get("RAY_ADDRESS")
             options = _tune_options(spec, address)
             patience = PATIENCE_S if hub is None else None
-            yield held.enter_context(closing(TuneExecutor(options, setup, announce=announce, patience_s=patience)))
+            tuned = TuneExecutor(options, setup, announce=announce, stop=stop, patience_s=patience)
+            yield held.enter_context(closing(tuned))
             return
         kinds = _kinds(spec)
         patience_s = PATIENCE_S if hub is None else None
@@ -62,7 +68,7 @@ def made_executor(
         stages: list[tuple[Executor, Collection[str]]] = []
         for needs, names in kinds:
             mine = setup if len(kinds) == 1 else replace(setup, evaluators=names, threads=threads_of(needs))
-            executor = RayExecutor(hub, mine, _options(needs), announce=announce, patience_s=patience_s)
+            executor = RayExecutor(hub, mine, _options(needs), announce=announce, stop=stop, patience_s=patience_s)
             stages.append((held.enter_context(closing(executor)), names))
         yield stages[0][0] if len(stages) == 1 else StagedExecutor(stages)
 

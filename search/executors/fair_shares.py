@@ -26,7 +26,7 @@ class Claim:
     busy: bool = True
 
 
-def fair_slots(claims: Sequence[Claim], capacity: Mapping[str, float]) -> list[int]:
+def fair_slots(claims: Sequence[Claim], capacity: Mapping[str, float], part: float = 1.0) -> list[int]:
     """Workers for each claim: dominant resource fairness by progressive filling.
 
     One worker at a time goes to the claim whose largest share of any resource is smallest (Ghodsi et al., NSDI 2011,
@@ -35,11 +35,15 @@ def fair_slots(claims: Sequence[Claim], capacity: Mapping[str, float]) -> list[i
 
     Args:
         capacity: of the whole cluster, by resource.
+        part: of it that these claims may use, the rest being others'. Never less than one worker takes, where the whole
+            cluster has that: a GPU cannot be halved by those who need a whole one, but they can wait for it in turn.
     """
-    if len(claims) == 1:
+    if len(claims) == 1 and part >= 1:
         return [claims[0].slots]
     given = [0] * len(claims)
-    free = {name: capacity.get(name, 0.0) for claim in claims for name in claim.needs}
+    most = {name: max(claim.needs.get(name, 0.0) for claim in claims) for claim in claims for name in claim.needs}
+    whole = {name: capacity.get(name, 0.0) for name in most}
+    free = {name: max(part * whole[name], min(whole[name], most[name])) for name in most}
     waiting = {i for i, claim in enumerate(claims) if claim.slots > 0}
     while waiting:
         i = min(waiting, key=lambda i: (not claims[i].busy, _share(claims[i], given[i], capacity), claims[i].served_s))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from archfront.errors import JobFailedError, WorkersUnreachableError
+from archfront.errors import JobFailedError, StoppedError, WorkersUnreachableError
 from archfront.evaluators.evaluator import Task
 from archfront.search.executors.evaluation_process import checked_reply
 from archfront.search.executors.executor import BatchResult, Executor
@@ -29,6 +29,7 @@ class RayExecutor(Executor):
     Args:
         hub: the way to Ray; not closed here.
         announce: called with a line on what the workers wait for.
+        stop: polled while a call waits; true raises ``StoppedError``.
         patience_s: how long Ray may be away, or refuse us, before the run ends resumable; None for ever.
     """
 
@@ -39,11 +40,14 @@ class RayExecutor(Executor):
         options: PoolOptions,
         *,
         announce: Callable[[str], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
         patience_s: float | None = PATIENCE_S,
     ) -> None:
         self.slots = options.slots
         self._setup = setup
         self._announce = announce
+        self._stop = stop
+        self.elsewhere = hub.address is not None
         self._patience_s = patience_s
         self._pool: HubPool = hub.open(options)
         self._away_since: float | None = None
@@ -99,6 +103,8 @@ class RayExecutor(Executor):
             try:
                 kind, content = self._pool.inbox.get(timeout=1)
             except queue.Empty:
+                if self._stop():
+                    raise StoppedError("stopped while it waited for a worker") from None
                 self._lose_patience()
                 continue
             if kind == "reply":
@@ -106,8 +112,6 @@ class RayExecutor(Executor):
             self._heed(kind, content)
 
     def _heed(self, kind: str, content: Any) -> None:
-        if kind == "closing":
-            raise WorkersUnreachableError("Its driver was stopped while it waited for Ray; the job can be resumed.")
         if kind == "impossible":
             raise JobFailedError(f"{content} Ask for less, or name a cluster with --ray.")
         if kind == "refused" and self._patience_s is not None:

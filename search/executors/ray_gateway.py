@@ -98,7 +98,7 @@ class Gateway:
             self._close(*arguments)
         elif (pool := self._pools.get(arguments[0])) is not None:
             getattr(pool, kind)(*arguments[1:])
-            if kind == "start":
+            if kind in ("start", "call"):
                 self._distribute()
 
     def _open(self, identity: int, options: PoolOptions) -> None:
@@ -152,8 +152,7 @@ class Gateway:
         claims = [
             Claim(slots=pool.wanted, needs=pool.needs, served_s=pool.served_steps, busy=pool.busy) for pool in pools
         ]
-        capacity = {name: amount * self._share for name, amount in self._capacity().items()}
-        for pool, slots in zip(pools, fair_slots(claims, capacity), strict=True):
+        for pool, slots in zip(pools, fair_slots(claims, self._capacity(), self._share), strict=True):
             pool.resize(slots)
 
     def _look_after(self, identity: int, pool: Pool, now: float) -> None:

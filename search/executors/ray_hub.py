@@ -110,10 +110,7 @@ class RayHub:
                 self._send(("share", fraction))
 
     def close(self) -> None:
-        """Leave Ray; an own cluster ends. Who waits for an answer is told that none will come."""
-        with self._lock:
-            for pool in self._pools.values():
-                pool.inbox.put(("closing", None))
+        """Leave Ray; an own cluster ends."""
         self._closing.set()
         self._thread.join()
 

@@ -71,6 +71,7 @@ class Pool:
         self._slots: dict[int, _Slot] = {}
         self._idle_heap: list[tuple[int, int]] = []
         self._tokens = 0
+        self._calls = 0
         self._queue: deque[tuple[int, bytes, float]] = deque()
         self._target = 0
         self._failures = 0
@@ -78,11 +79,12 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        return bool(self._queue) or any(slot.state == "busy" for slot in self._slots.values())
+        return bool(self._queue or self._calls) or any(slot.state == "busy" for slot in self._slots.values())
 
     @property
     def wanted(self) -> int:
-        return 0 if self._setup is None else self.options.slots
+        # A call, too, has an actor of its own, for which there must be room.
+        return min(self._calls, 1) if self._setup is None else self.options.slots
 
     @property
     def served_steps(self) -> float:
@@ -111,17 +113,20 @@ class Pool:
     def call(self, identity: int, setup: bytes, evaluator: str, method: str, arguments: Any, timeout_s: float) -> None:
         """In an actor of its own, that ends with it."""
         actor = self._actor(ray.put(setup))
+        self._calls += 1
 
         def answer(future: Future[Any]) -> None:
             error = future.exception()
             ray.kill(actor)
             lost = error is not None and not isinstance(error, ray.exceptions.RayTaskError)
             reply = future.result() if error is None else Failure(kind="error", message=str(error))
+            self._calls -= 1
             self._send("reply", (identity, None if lost else reply, lost))
 
         def greeted(future: Future[Any]) -> None:
             if future.exception() is not None or self._refused(future.result()):
                 ray.kill(actor)
+                self._calls -= 1
                 self._send("reply", (identity, None, True))
                 return
             self._when_done(answer, actor.call.remote(evaluator, method, arguments, timeout_s).future())

@@ -37,6 +37,7 @@ class StagedExecutor(Executor):
     def __init__(self, stages: Sequence[tuple[Executor, Collection[str]]]) -> None:
         self._stages = list(stages)
         self.slots = sum(executor.slots for executor, _ in stages)
+        self.elsewhere = any(executor.elsewhere for executor, _ in stages)
         self._batches: dict[int, _Batch] = {}
         self._found: dict[int, dict[int, Outcome]] = {}
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from archfront.errors import JobFailedError, WorkersUnreachableError
+from archfront.errors import JobFailedError, StoppedError, WorkersUnreachableError
 from archfront.evaluators.evaluator import Task
 from archfront.search.executors.child import Child
 from archfront.search.executors.evaluation_process import checked_reply
@@ -48,6 +48,7 @@ class TuneExecutor(Executor):
 
     Args:
         announce: called with a line on what the trials wait for.
+        stop: polled while something else than a trial is waited for; true raises ``StoppedError``.
         patience_s: how long Ray may be away before the run ends resumable; None for ever.
     """
 
@@ -59,12 +60,15 @@ class TuneExecutor(Executor):
         setup: WorkerSetup,
         *,
         announce: Callable[[str], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
         patience_s: float | None,
     ) -> None:
         self.slots = options.pool.slots
         self._options = options
         self._setup = setup
         self._announce = announce
+        self._stop = stop
+        self.elsewhere = options.address is not None
         self._patience_s = patience_s
         self._gateway: Child | None = None
         self._ready = False
@@ -128,6 +132,7 @@ class TuneExecutor(Executor):
                     self._dispatch()
                     self._send("settle", self._settles)
                 self._poll(0.5)
+                self._heed_stop()
         promoted, self._promoted = self._promoted, []
         return promoted
 
@@ -170,6 +175,11 @@ class TuneExecutor(Executor):
     def _until(self, reached: Callable[[], bool]) -> None:
         while not reached():
             self._poll(1.0)
+            self._heed_stop()
+
+    def _heed_stop(self) -> None:
+        if self._stop():
+            raise StoppedError("stopped while it waited for Ray Tune")
 
     def _replied(self) -> bool:
         return self._reply is not None and self._reply[0] == self._calls

@@ -31,11 +31,12 @@ pytestmark = pytest.mark.slow
 def under_fault(
     cluster: Cluster, witness: Witness, fault: Fault, records: list[dict[str, Any]], strike: Callable[[], None]
 ) -> None:
-    jobs = Jobs(cluster, witness)
+    jobs = Jobs(cluster, witness, slow=fault.slow)
     rng = random.Random(fault.name)
     jobs.reach(rng.uniform(0.05, 0.3))
     strike()
     before = jobs.counts()
+    assert before != jobs.budgets, "the jobs were over before the fault was"
     moment = time.monotonic()
 
     def on_the_way() -> bool:
@@ -54,7 +55,7 @@ def under_fault(
     records.append({"fault": fault.name, "recovered_s": recovered_s, "jobs": [asdict(found) for found in accounts]})
     for found in accounts:
         assert (found.lost, found.twice, found.failed) == (0, 0, 0)
-        assert found.beyond <= fault.in_flight * SLOTS
+        assert found.beyond <= fault.in_flight * SLOTS, "\n".join(c.words() for c in cluster.containers.values())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,9 @@ def test_the_head_is_away_for_two_minutes(cluster: Cluster, witness: Witness, re
         assert not head.healthy()
         head.start()
 
-    under_fault(cluster, witness, Fault(name="the Ray head away for 120 s", strike=HEAD.strike), records, strike)
+    under_fault(
+        cluster, witness, Fault(name="the Ray head away for 120 s", strike=HEAD.strike, slow=True), records, strike
+    )
 
 
 def test_two_controllers(cluster: Cluster, witness: Witness, records: list[dict[str, Any]]) -> None:

@@ -62,15 +62,16 @@ def until(reached: Callable[[], bool], log: Path, timeout_s: float = 90) -> None
         time.sleep(0.1)
 
 
-def inline_job(evaluations: int, **changes: Any) -> dict[str, Any]:
-    return synthetic_job(evaluations, evaluator={"sleep_s": 0.02}, **changes)
+def process_job(evaluations: int, **changes: Any) -> dict[str, Any]:
+    evaluator = {"sleep_s": 0.02} | changes.pop("evaluator", {})
+    return synthetic_job(evaluations, evaluator=evaluator, workers={"executor": "process", "count": 1}, **changes)
 
 
 def test_killed_controllers_jobs_are_taken_over(db: str, tmp_path: Path, plugin: Path) -> None:
     """And end in the very ledger of a job that nobody disturbed."""
     log = tmp_path / "log"
     ledger = Ledger.open(db)
-    jobs = [submitted(db, tmp_path, plugin, inline_job(150, name=f"job-{i}", seed=i)) for i in (0, 1)]
+    jobs = [submitted(db, tmp_path, plugin, process_job(150, name=f"job-{i}", seed=i)) for i in (0, 1)]
     assert [Job(ledger, job).state for job in jobs] == ["queued", "queued"]
     plugins = ("--plugin", str(plugin))
     with controller(db, log, *plugins) as first:
@@ -87,7 +88,7 @@ def test_killed_controllers_jobs_are_taken_over(db: str, tmp_path: Path, plugin:
         assert [row["alive"] for row in found][:1] == [True]
         assert command("controllers", "--db", db, "--check").returncode == 0
     assert command("controllers", "--db", db, "--check").returncode in (0, 3)
-    whole = archfront.run(inline_job(150, name="job-0", seed=0), db=db, plugins=[plugin])
+    whole = archfront.run(process_job(150, name="job-0", seed=0), db=db, plugins=[plugin])
     assert differences(dump(whole.ledger, whole.id), dump(ledger, jobs[0])) == []
     ledger.close()
 
@@ -97,7 +98,7 @@ def test_two_controllers_share_the_jobs(db: str, tmp_path: Path, plugin: Path) -
     ledger = Ledger.open(db)
     words = ("--plugin", str(plugin), "--jobs", "2")
     with controller(db, logs[0], *words), controller(db, logs[1], *words):
-        jobs = [submitted(db, tmp_path, plugin, inline_job(60, name=f"job-{i}", seed=i)) for i in range(4)]
+        jobs = [submitted(db, tmp_path, plugin, process_job(60, name=f"job-{i}", seed=i)) for i in range(4)]
         until(lambda: all(Job(ledger, job).state == "done" for job in jobs), logs[0])
     with ledger.engine.connect() as connection:
         runs = connection.exec_driver_sql("SELECT job_id, count(*) FROM runs GROUP BY job_id").all()
@@ -110,7 +111,7 @@ def test_two_controllers_share_the_jobs(db: str, tmp_path: Path, plugin: Path) -
 
 def test_a_job_that_cannot_run_harms_no_other(tmp_path: Path, plugin: Path) -> None:
     db, log = f"sqlite:///{tmp_path / 'archfront.db'}", tmp_path / "log"
-    bad = submitted(db, tmp_path, plugin, inline_job(30, name="bad"))
+    bad = submitted(db, tmp_path, plugin, process_job(30, name="bad"))
     good = {"name": "x", "space": {"name": "fbnet-tiny"}, "evaluators": [{"name": "costs"}]}
     good |= {"objectives": [{"metric": "params", "direction": "min"}], "strategy": {"name": "random"}}
     good |= {"budget": {"evaluations": 5}, "workers": {"executor": "inline"}}
@@ -128,9 +129,22 @@ def test_a_job_that_cannot_run_harms_no_other(tmp_path: Path, plugin: Path) -> N
     ledger.close()
 
 
+def test_a_deadly_inline_evaluator_does_not_take_the_controller_along(tmp_path: Path, plugin: Path) -> None:
+    """In a shell `inline` is the driver's own process; in a controller it is a child."""
+    db, log = f"sqlite:///{tmp_path / 'archfront.db'}", tmp_path / "log"
+    deadly = synthetic_job(12, evaluator={"misdeed": "die", "every": 4}, workers={"executor": "inline", "attempts": 1})
+    ledger = Ledger.open(db)
+    job = submitted(db, tmp_path, plugin, deadly)
+    with controller(db, log, "--plugin", str(plugin)) as process:
+        until(lambda: Job(ledger, job).state == "done", log)
+        assert process.poll() is None
+    assert Job(ledger, job).status()["evaluations"]["failed"] == 3
+    ledger.close()
+
+
 def test_submitting_checks_the_job(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump(inline_job(30)))
+    file.write_text(yaml.safe_dump(process_job(30)))
     done = command("submit", str(file), "--db", str(tmp_path / "archfront.db"))
     assert done.returncode == 2
     assert "synthetic" in done.stderr

@@ -28,6 +28,15 @@ def test_the_published_example() -> None:
     assert fair_slots(claims, {"CPU": 9, "memory": 18}) == [3, 2]
 
 
+def test_a_part_of_a_cluster() -> None:
+    """Of two controllers each has half; what cannot be halved both may wait for."""
+    one = Claim(slots=8, needs={"CPU": 1})
+    assert fair_slots([one], {"CPU": 8}, 0.5) == [4]
+    gpu = Claim(slots=1, needs={"CPU": 1, "GPU": 1})
+    assert sum(fair_slots([gpu, gpu], {"CPU": 4, "GPU": 1}, 0.5)) == 1
+    assert fair_slots([Claim(slots=2, needs={"CPU": 4})], {"CPU": 2}, 0.5) == [0]
+
+
 def test_turns_and_idleness() -> None:
     one, other = Claim(slots=1, needs={"CPU": 1}, served_s=60), Claim(slots=1, needs={"CPU": 1}, served_s=0)
     assert fair_slots([one, other], {"CPU": 1}) == [0, 1]

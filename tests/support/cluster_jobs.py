@@ -13,16 +13,20 @@ SHORT, TRAINING, SLOTS = 2000, 60, 4
 
 
 class Jobs:
-    """Two jobs at once on the cluster: many short evaluations, and real training with checkpoints."""
+    """Two jobs at once on the cluster: many short evaluations, and real training with checkpoints.
 
-    def __init__(self, cluster: Cluster, witness: Witness, short: int = SHORT, training: int = TRAINING) -> None:
+    Args:
+        slow: long enough to be at work still when a dead head is noticed: actors go on without one for a while.
+    """
+
+    def __init__(self, cluster: Cluster, witness: Witness, *, slow: bool = False) -> None:
         self._cluster = cluster
         self._witness = witness
         self.logs = [cluster.folder / f"{kind}-{time.monotonic_ns()}" for kind in ("short", "training")]
-        self.budgets = [short, training]
+        self.budgets = [SHORT, TRAINING]
         self.ids = [
-            self._submit(short_job(self.logs[0], short)),
-            self._submit(training_job(self.logs[1], training)),
+            self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)),
+            self._submit(training_job(self.logs[1], [6, 18] if slow else [1, 3])),
         ]
 
     def reach(self, share: float, timeout_s: float = 240) -> None:
@@ -54,19 +58,19 @@ class Jobs:
         return job
 
 
-def short_job(log: Path, evaluations: int) -> dict[str, Any]:
+def short_job(log: Path, seconds: float) -> dict[str, Any]:
     workers = {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 60}
-    return synthetic_job(evaluations, evaluator={"sleep_s": 0.05, "log": str(log)}, workers=workers, name="short")
+    return synthetic_job(SHORT, evaluator={"sleep_s": seconds, "log": str(log)}, workers=workers, name="short")
 
 
-def training_job(log: Path, evaluations: int) -> dict[str, Any]:
+def training_job(log: Path, fidelities: list[int]) -> dict[str, Any]:
     return {
         "name": "training",
         "space": {"name": "fbnet-tiny", "resolution": 8, "layers": 3},
         "data": {"name": "digits"},
-        "evaluators": [{"name": "counted-training", "log": str(log), "fidelities": [1, 3]}, {"name": "costs"}],
+        "evaluators": [{"name": "counted-training", "log": str(log), "fidelities": fidelities}, {"name": "costs"}],
         "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "params", "direction": "min"}],
         "strategy": {"name": "nsga2", "population": 12},
-        "budget": {"evaluations": evaluations},
+        "budget": {"evaluations": TRAINING},
         "workers": {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 120},
     }

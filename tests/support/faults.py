@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster import Cluster
+import psutil
+from cluster import Cluster, wait_until
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,41 +16,44 @@ class Fault:
     Attributes:
         strike: does it, mends what a machine's owner would (a new host, a freed disk), and returns.
         in_flight: how many times the evaluations under way may be lost by it at most.
+        slow: it takes long to be felt, so its jobs must be long.
     """
 
     name: str
     strike: Callable[[Cluster, random.Random], None]
     in_flight: int = 1
+    slow: bool = False
+
+
+def _kill_one(cluster: Cluster, rng: random.Random, kind: str, word: str) -> None:
+    """Kill a process of some host of a kind, once there is one."""
+    hosts = [name for name in cluster.containers if name.startswith(kind)]
+
+    def found() -> list[psutil.Process]:
+        return [process for name in hosts for process in cluster.network.hosts[name].find(word)]
+
+    wait_until(lambda: bool(found()), 120, f"no process {word!r} on {hosts}")
+    rng.choice(found()).kill()
 
 
 def _worker_process(cluster: Cluster, rng: random.Random) -> None:
-    hosts = [name for name in cluster.containers if name.startswith("ray-worker")]
-    found = [p for name in hosts for p in cluster.network.hosts[name].find("evaluation_process")]
-    if found:
-        rng.choice(found).kill()
+    _kill_one(cluster, rng, "ray-worker", "evaluation_process")
 
 
 def _actor(cluster: Cluster, rng: random.Random) -> None:
-    hosts = [name for name in cluster.containers if name.startswith("ray-worker")]
-    found = [p for name in hosts for p in cluster.network.hosts[name].find("ray::EvaluationActor")]
-    if found:
-        rng.choice(found).kill()
+    _kill_one(cluster, rng, "ray-worker", "ray::EvaluationActor")
 
 
 def _raylet(cluster: Cluster, rng: random.Random) -> None:
-    name = rng.choice([name for name in cluster.containers if name.startswith("ray-worker")])
-    for process in cluster.network.hosts[name].find("raylet/raylet"):
-        process.kill()
+    _kill_one(cluster, rng, "ray-worker", "raylet/raylet")
 
 
 def _head(cluster: Cluster, rng: random.Random) -> None:
-    for process in cluster.network.hosts["ray-head"].find("gcs_server"):
-        process.kill()
+    _kill_one(cluster, rng, "ray-head", "gcs_server")
 
 
 def _gateway(cluster: Cluster, rng: random.Random) -> None:
-    for process in cluster.network.hosts["controller"].find("ray_gateway"):
-        process.kill()
+    _kill_one(cluster, rng, "controller", "executors.ray_gateway")
 
 
 def _controller(cluster: Cluster, rng: random.Random) -> None:
@@ -101,7 +105,7 @@ def _full_disk(cluster: Cluster, rng: random.Random) -> None:
 WORKER_PROCESS = Fault(name="kill -9 of a worker's evaluation process", strike=_worker_process)
 ACTOR = Fault(name="kill -9 of a Ray worker process", strike=_actor)
 RAYLET = Fault(name="kill -9 of a raylet", strike=_raylet)
-HEAD = Fault(name="kill -9 of the Ray head", strike=_head)
+HEAD = Fault(name="kill -9 of the Ray head", strike=_head, slow=True)
 GATEWAY = Fault(name="kill -9 of the process that speaks with Ray", strike=_gateway)
 CONTROLLER = Fault(name="kill -9 of the controller", strike=_controller)
 DATABASE = Fault(name="kill -9 of PostgreSQL, back after 5 s", strike=_database)

@@ -145,6 +145,7 @@ def kill_and_resume(folder: Path, plugin: Path, spec: dict[str, Any], aims: list
     return Ledger.open(url)
 
 
+@pytest.mark.slow
 def test_killed_with_asha_and_resumed_equals_unbroken(tmp_path: Path, plugin: Path) -> None:
     from ledger_dump import differences, dump
 
