@@ -23,6 +23,7 @@ def ray_address() -> Iterator[str]:
     import ray
 
     ray.init(
+        address="local",  # not whatever cluster this machine may have
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 * 2**20,

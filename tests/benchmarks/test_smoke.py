@@ -1,0 +1,60 @@
+"""Each benchmark runs to its end on a tiny size and writes its figures. How fast anything is, is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def quick(script: str, tmp_path: Path, *more: str) -> dict[str, Any]:
+    """Run a benchmark with ``--quick``; what it wrote."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(file), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert found["machine"]["packages"]["archfront"]
+    return found
+
+
+@pytest.mark.slow
+def test_throughput(tmp_path: Path) -> None:
+    rows = quick("throughput.py", tmp_path)["rows"]
+    names = " ".join(row["name"] for row in rows)
+    kinds = ("sqlite", "postgresql")
+    words = [f"{who}, {kind}" for who in ("inline", "Optuna NSGA-II") for kind in kinds]
+    assert all(word in names for word in (*words, "journal file"))
+    assert all(row["per_second"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_million(tmp_path: Path) -> None:
+    found = quick("million.py", tmp_path)
+    fronts = {}
+    for kind in ("sqlite", "postgresql"):
+        result = found["archfront"][kind]
+        assert len(result["windows"]) == 10
+        assert all(row["rss_mb"] > 0 and row["front"] > 0 for row in result["windows"])
+        assert result["resume_killed"]["dispatch_s"] > 0
+        fronts[kind] = [query["members"] for query in result["queries"].values()]
+    # The same search on both databases: so are its fronts, but for those of a time.
+    assert fronts["sqlite"][:5] == fronts["postgresql"][:5]
+    assert {(row["kind"], row["trials"]) for row in found["optuna"]} == {("sqlite", 50), ("postgresql", 50)}
+
+
+@pytest.mark.slow
+def test_scale(tmp_path: Path) -> None:
+    png = tmp_path / "scale.png"
+    found = quick("scale.py", tmp_path, "--png", str(png))
+    for kind in ("sqlite", "postgresql"):
+        rows = {(row["workers"], row["length_s"]): row for row in found["driver"][kind]}
+        assert set(rows) == {(10, 0.2), (10, 60.0), (100, 0.2), (100, 60.0)}
+        assert all(0 < row["utilisation"] <= 1 for row in rows.values())
+        assert rows[100, 60.0]["inferred"]
+    assert [row["workers"] for row in found["pool"]] == [10, 100]
+    assert png.stat().st_size > 10_000
