@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from jobs import synthetic_job
+from killing import kill_tree
 from ledger_dump import differences, dump
 
 import archfront
@@ -23,18 +23,6 @@ _ARCHFRONT = [sys.executable, "-m", "archfront"]
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*_ARCHFRONT, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver and everything below it, at once."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    for member in family:
-        member.suspend()
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
 
 
 def progress(url: str) -> Counter[str]:

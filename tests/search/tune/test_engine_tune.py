@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from jobs import synthetic_job
+from killing import kill_tree
 
 import archfront
 from archfront.db.dominance import nondominated_ranks
@@ -120,14 +120,7 @@ def kill_at(process: subprocess.Popen[bytes], url: str, aim: int) -> None:
     while finished(url) < aim:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.02)
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    for member in family:
-        member.suspend()
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
+    kill_tree(process)
 
 
 def kill_and_resume(folder: Path, plugin: Path, spec: dict[str, Any], aims: list[int]) -> Ledger:
