@@ -6,6 +6,17 @@ from pathlib import Path
 import pytest
 from postgres import Postgres, postgres_server
 
+# Ray's own hygiene, in this process and whatever it starts. Here and not in a fixture: Ray reads RAY_AUTH_MODE once,
+# when any test file first imports it.
+os.environ.update(
+    {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+)
+
 PLUGIN = Path(__file__).parent / "plugins" / "synthetic.py"
 
 

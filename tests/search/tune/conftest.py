@@ -1,20 +1,9 @@
 """One Ray for all tests of this folder, since starting it takes some seconds."""
 
 import logging
-import os
 from collections.abc import Iterator
 
 import pytest
-
-# Ray's own hygiene, in this process and whatever it starts. Not in the fixture: Ray reads some of it when imported.
-os.environ.update(
-    {
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    }
-)
 
 
 @pytest.fixture(scope="session")
