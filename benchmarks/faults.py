@@ -9,14 +9,17 @@ FILE = Path(__file__).with_suffix(".json")
 
 
 def main() -> None:
-    print("| fault | lost | twice | begun again | failed | longest pause, s: short, training | whole job, s |")
-    print("|---|---|---|---|---|---|---|")
+    titles = ["fault", "committed before: short, training", "lost", "twice", "begun again", "failed"]
+    titles += ["longest pause, s: short, training", "whole job, s"]
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|")
     for record in json.loads(FILE.read_text()):
         jobs = record["jobs"]
         sums = [str(sum(job[name] for job in jobs)) for name in ("lost", "twice", "beyond", "failed")]
         pauses = ", ".join(f"{job['longest_pause_s']:.1f}" for job in jobs)
         totals = ", ".join(f"{job['total_s']:.0f}" for job in jobs)
-        print(f"| {record['fault']} | {' | '.join(sums)} | {pauses} | {totals} |")
+        struck = ", ".join(str(count) for count in record["struck_at"])
+        print(f"| {record['fault']} | {struck} | {' | '.join(sums)} | {pauses} | {totals} |")
 
 
 if __name__ == "__main__":

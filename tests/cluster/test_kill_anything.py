@@ -34,9 +34,10 @@ def under_fault(
     jobs = Jobs(cluster, witness, slow=fault.slow)
     rng = random.Random(fault.name)
     jobs.reach(rng.uniform(0.05, 0.3))
+    struck_at = jobs.counts()
+    assert all(count < budget for count, budget in zip(struck_at, jobs.budgets, strict=True)), struck_at
     strike()
     before = jobs.counts()
-    assert before != jobs.budgets, "the jobs were over before the fault was"
     moment = time.monotonic()
 
     def on_the_way() -> bool:
@@ -52,7 +53,8 @@ def under_fault(
     )
     recovered_s = time.monotonic() - moment
     accounts = jobs.finish()
-    records.append({"fault": fault.name, "recovered_s": recovered_s, "jobs": [asdict(found) for found in accounts]})
+    jobs_found = [asdict(found) for found in accounts]
+    records.append({"fault": fault.name, "struck_at": struck_at, "recovered_s": recovered_s, "jobs": jobs_found})
     for found in accounts:
         assert (found.lost, found.twice, found.failed) == (0, 0, 0)
         assert found.beyond <= fault.in_flight * SLOTS, "\n".join(c.words() for c in cluster.containers.values())

@@ -24,15 +24,19 @@ class Jobs:
         self._witness = witness
         self.logs = [cluster.folder / f"{kind}-{time.monotonic_ns()}" for kind in ("short", "training")]
         self.budgets = [SHORT, TRAINING]
-        self.ids = [
-            self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)),
-            self._submit(training_job(self.logs[1], [6, 18] if slow else [1, 3])),
-        ]
+        # Training takes seconds to begin, in which the short ones would come far.
+        training = self._submit(training_job(self.logs[1], [6, 18] if slow else [1, 3]))
+        settled(witness, training, 1, 240)
+        self.ids = [self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)), training]
 
     def reach(self, share: float, timeout_s: float = 240) -> None:
-        """Wait until both have committed this part of their budgets."""
-        for job, budget in zip(self.ids, self.budgets, strict=True):
-            settled(self._witness, job, max(1, int(share * budget)), timeout_s)
+        """Wait until both are under way and one has committed this part of its budget."""
+
+        def reached() -> bool:
+            parts = [count / budget for count, budget in zip(self.counts(), self.budgets, strict=True)]
+            return min(parts) > 0 and max(parts) >= share
+
+        wait_until(reached, timeout_s, "the jobs did not get under way", lambda: str(self.counts()), 0.05)
 
     def counts(self) -> list[int]:
         return [self._witness.count(job) for job in self.ids]
