@@ -1,0 +1,1 @@
+"""Latency predictors: one interface, from exact tables to transfer from known devices."""
