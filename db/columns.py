@@ -64,16 +64,26 @@ def load_columns(connection: Connection, job_id: int) -> Columns:
     """Everything that a job has finished."""
     parts: list[tuple[list[str], Matrix]] = []
     last_seq = 0
-    chunks = sa.select(ColumnChunk).where(ColumnChunk.job_id == job_id).order_by(ColumnChunk.first_seq)
-    for chunk in connection.execute(chunks):
-        if _digest(chunk.names, chunk.data) == chunk.digest:
-            matrix = np.frombuffer(chunk.data, dtype="<f8").reshape(-1, len(chunk.names))
-            parts.append((list(chunk.names), matrix))
+    for first, last_seq, names, data, digest in _chunks(connection, job_id):
+        if _digest(names, data) == digest:
+            parts.append((list(names), np.frombuffer(data, dtype="<f8").reshape(-1, len(names))))
         else:
-            parts.append(read_rows(connection, job_id, chunk.first_seq, chunk.last_seq))
-        last_seq = chunk.last_seq
+            parts.append(read_rows(connection, job_id, first, last_seq))
     parts.append(read_rows(connection, job_id, last_seq + 1))
     return _joined(parts)
+
+
+def _chunks(connection: Connection, job_id: int) -> Sequence[Any]:
+    """first_seq, last_seq, names, data, digest of a job's chunks in order."""
+    columns = (ColumnChunk.first_seq, ColumnChunk.last_seq, ColumnChunk.names, ColumnChunk.data, ColumnChunk.digest)
+    query = sa.select(*columns).where(ColumnChunk.job_id == job_id).order_by(ColumnChunk.first_seq)
+    if connection.dialect.name == "sqlite":
+        return connection.execute(query).all()
+    # As text, bytes come in hexadecimal: twice as many, and to be parsed.
+    compiled = query.compile(dialect=connection.dialect)
+    with connection.connection.driver_connection.cursor(binary=True) as cursor:  # type: ignore[union-attr]
+        found: list[Any] = cursor.execute(str(compiled), compiled.params).fetchall()
+    return found
 
 
 def read_rows(

@@ -45,7 +45,16 @@ def job_objectives(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def front(connection: Connection, job_id: int, query: FrontQuery) -> list[dict[str, Any]]:
-    """The members of a front in the order of their numbers: evaluation, key, genotype, fidelity, metrics by name.
+    """The members of a front in the order of their numbers, as ``evaluation_rows`` gives them.
+
+    Raises:
+        InputError: an unknown metric, a condition that cannot be parsed.
+    """
+    return evaluation_rows(connection, job_id, front_numbers(connection, job_id, query))
+
+
+def front_numbers(connection: Connection, job_id: int, query: FrontQuery) -> list[int]:
+    """The numbers of a front's evaluations, rising.
 
     The job's own front of one fidelity is stored with its history and read from there; any other is computed from
     the packed columns.
@@ -56,11 +65,28 @@ def front(connection: Connection, job_id: int, query: FrontQuery) -> list[dict[s
     spec = connection.execute(sa.select(Job.spec).where(Job.id == job_id)).scalar_one()
     own = query.objectives is None or list(query.objectives) == job_objectives(spec)
     if own and query.where is None and query.fidelity != "any":
-        numbers = _stored_front(connection, job_id, query.fidelity, query.seq)
-    else:
-        numbers = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+        return _stored_front(connection, job_id, query.fidelity, query.seq)
+    return _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+
+
+def front_table(connection: Connection, job_id: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """What people ask of many evaluations, and no more: evaluation, key, genotype, fidelity, and metrics by name."""
+    query = (
+        sa.select(Evaluation.number, Candidate.key, sa.cast(Candidate.genotype, sa.Text), Evaluation.fidelity)
+        .join(Candidate, Candidate.id == Evaluation.candidate_id)
+        .where(Evaluation.job_id == job_id, _among(connection, Evaluation.number, numbers))
+    )
+    metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value)
+    metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, numbers))
     with _without_collection():
-        return evaluation_rows(connection, job_id, numbers)
+        found = connection.execute(query).all()
+        rows = {
+            number: {"evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity}
+            for (number, key, _, fidelity), genotype in zip(found, _parsed([row[2] for row in found]), strict=True)
+        }
+        for number, name, value in connection.execute(metrics).all():
+            rows[number][name] = value
+    return [rows[number] for number in numbers]
 
 
 def top_fidelity(connection: Connection, job_id: int, seq: int | None = None) -> int | None:
@@ -135,8 +161,7 @@ def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int])
 def _with_candidates(connection: Connection, found: Sequence[Any]) -> dict[int, dict[str, Any]]:
     """Rows by number, as yet without metrics."""
     rows: dict[int, dict[str, Any]] = {}
-    # Parsed together: one call for each would take twice as long.
-    genotypes = json.loads(f"[{','.join([row[2] for row in found])}]")
+    genotypes = _parsed([row[2] for row in found])
     for (number, key, _, fidelity, seq, checkpoint, repeat, *origin), genotype in zip(found, genotypes, strict=True):
         rows[number] = {
             "evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, "seq": seq,
@@ -147,6 +172,12 @@ def _with_candidates(connection: Connection, found: Sequence[Any]) -> dict[int, 
             kept = kept.where(Evaluation.job_id == origin[0], Evaluation.number == origin[1])
             rows[number] |= {"origin": tuple(origin), "checkpoint": connection.execute(kept).scalar()}
     return rows
+
+
+def _parsed(texts: Sequence[str]) -> list[Any]:
+    """JSON texts, parsed together: one call for each would take twice as long."""
+    found: list[Any] = json.loads(f"[{','.join(texts)}]")
+    return found
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from archfront.db.connection import write
 from archfront.db.ledger import Ledger
-from archfront.db.queries import FrontQuery, front
+from archfront.db.queries import FrontQuery, front_numbers
 from archfront.db.reuse import borrowed
 from archfront.db.schema import Benchmark, Evaluation, Job
 
@@ -63,7 +63,7 @@ def _kept(connection: Connection, job_id: int, keep: str, present: set[int]) -> 
         return present
     if keep == "none":
         return set()
-    members = {row["evaluation"] for row in front(connection, job_id, FrontQuery())}
+    members = set(front_numbers(connection, job_id, FrontQuery()))
     members |= _kept_for_others(connection, job_id)
     finalists = connection.execute(sa.select(Benchmark.number).where(Benchmark.job_id == job_id)).scalars()
     return members | set(finalists)
@@ -73,7 +73,7 @@ def _kept_for_others(connection: Connection, job_id: int) -> set[int]:
     """Origins of the front members of other jobs that took this one's results."""
     users = borrowed(connection, job_id)
     jobs = {job for pairs in users.values() for job, _ in pairs}
-    fronts = {job: {row["evaluation"] for row in front(connection, job, FrontQuery())} for job in jobs}
+    fronts = {job: set(front_numbers(connection, job, FrontQuery())) for job in jobs}
     return {origin for origin, pairs in users.items() if any(number in fronts[job] for job, number in pairs)}
 
 

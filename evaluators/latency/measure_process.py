@@ -3,8 +3,9 @@
 Run as ``python -m archfront.evaluators.latency.measure_process``. It imports the spaces and torch, and no other part
 of archfront, no data and no database. The request:
 
-    {"space": {"name": ..., ...}, "threads": 1, "settings": {...},
-     "items": [{"genotype": [...]} | {"block": "<descriptor>"}, ...]}
+    {"space": {"name": ..., ...} | null, "threads": 1, "settings": {...},
+     "items": [{"genotype": [...]} | {"block": "<descriptor>"} | {"model": "timm:resnet18"} | {"operator": "<call>"},
+               ...]}
 
 where an item may also have ``batch``, ``backend`` and ``channels_last``. The response: ``{"items": [Timing, ...],
 "environment": {...}}``.
@@ -21,11 +22,14 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.measurement import Settings, Timing, failed, measure, peak_memory
+from archfront.evaluators.latency.operators import runnable
 from archfront.plugins import Plugin, load_into
 from archfront.spaces.blocks import BlockSpace
+from archfront.spaces.named_models import build_model, input_shape
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
 
@@ -35,7 +39,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     threads = int(request["threads"])
     torch.set_num_threads(threads)
     load_into({"spaces": SPACES}, [Plugin(**plugin) for plugin in request.get("plugins", [])])
-    space = SPACES.build(request["space"], "space")
+    space = None if request["space"] is None else SPACES.build(request["space"], "space")
     load_before, clock_before = _load(), _clock_mhz()
     functions: list[Callable[[], object]] = []
     places: list[int] = []
@@ -84,17 +88,12 @@ def _notes(load: float | None, threads: int) -> list[str]:
     return []
 
 
-def _call(space: Space, item: dict[str, Any]) -> Callable[[], object]:
+def _call(space: Space | None, item: dict[str, Any]) -> Callable[[], object]:
     """One forward pass of an item, its weights and input drawn from a fixed seed."""
     torch.manual_seed(0)
-    if "block" in item:
-        if not isinstance(space, BlockSpace):
-            raise TypeError(f"{space.name} has no blocks")
-        model = space.build_block(item["block"])
-        shape = next(s.input_shape for s in space.block_catalogue() if s.descriptor == item["block"])
-    else:
-        model = space.build(item["genotype"])
-        shape = (space.in_channels, space.resolution, space.resolution)  # type: ignore[attr-defined]
+    if "operator" in item:
+        return runnable(item["operator"])
+    model, shape = _model(space, item)
     layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
     model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
@@ -109,6 +108,21 @@ def _call(space: Space, item: dict[str, Any]) -> Callable[[], object]:
         return model(example)
 
     return call
+
+
+def _model(space: Space | None, item: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
+    """The module of an item, and the shape that it takes."""
+    if "model" in item:
+        model = build_model(item["model"])
+        return model, tuple(item.get("shape") or input_shape(model))
+    if space is None:
+        raise TypeError("genotypes and blocks need a space")
+    if "genotype" in item:
+        return space.build(item["genotype"]), (space.in_channels, space.resolution, space.resolution)  # type: ignore[attr-defined]
+    if not isinstance(space, BlockSpace):
+        raise TypeError(f"{space.name} has no blocks")
+    found = next(s.input_shape for s in space.block_catalogue() if s.descriptor == item["block"])
+    return space.build_block(item["block"]), found
 
 
 def main() -> None:

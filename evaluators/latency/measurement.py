@@ -199,7 +199,7 @@ def peak_memory() -> int:
 
 
 def measured_elsewhere(
-    space: dict[str, Any],
+    space: dict[str, Any] | None,
     items: Sequence[dict[str, Any]],
     *,
     threads: int,
@@ -210,8 +210,9 @@ def measured_elsewhere(
     """Measure in a fresh process, alone: another measurement on this host is waited for.
 
     Args:
-        space: ``{"name": ..., <arguments>}`` of a registered space.
-        items: each with ``genotype`` (a whole network) or ``block`` (a descriptor), and optionally ``batch`` (1),
+        space: ``{"name": ..., <arguments>}`` of a registered space, or None if no item needs one.
+        items: each with ``genotype`` (a whole network), ``block`` (a descriptor), ``model`` (``timm:resnet18``, with
+            ``shape`` if not its own) or ``operator`` (a call, see ``operators``), and optionally ``batch`` (1),
             ``backend`` (``eager`` or ``compile``) and ``channels_last`` (false).
         threads: that torch and OpenMP get there.
         settings: how long to measure.

@@ -13,7 +13,8 @@ from archfront.db.queries import (
     FrontQuery,
     counts,
     failures,
-    front,
+    front_numbers,
+    front_table,
     job_objectives,
     seq_at,
     seq_of,
@@ -46,9 +47,7 @@ class Front:
 
     def __init__(self, rows: list[dict[str, Any]], objectives: Sequence[tuple[str, str]]) -> None:
         self.objectives = list(objectives)
-        self._rows: list[dict[str, Any]] = [
-            {key: row[key] for key in ("evaluation", "key", "genotype", "fidelity")} | row["metrics"] for row in rows
-        ]
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -147,7 +146,8 @@ class Job:
                 seq = seq_of(connection, self.id, at)
             pairs = None if objectives is None else self._directions(objectives)
             query = FrontQuery(objectives=pairs, where=where, fidelity=level, seq=seq)  # type: ignore[arg-type]
-            return Front(front(connection, self.id, query), pairs or job_objectives(self.spec))
+            rows = front_table(connection, self.id, front_numbers(connection, self.id, query))
+        return Front(rows, pairs or job_objectives(self.spec))
 
     def status(self, tracebacks: int = 5) -> dict[str, Any]:
         """What stands in the ledger about the job, as plain data."""
@@ -157,7 +157,7 @@ class Job:
             states = counts(connection, self.id)
             failed = failures(connection, self.id, tracebacks)
             fidelity = top_fidelity(connection, self.id)
-            members = len(front(connection, self.id, FrontQuery()))
+            members = len(front_numbers(connection, self.id, FrontQuery()))
             reused = count_reused(connection, self.id)
         return {
             "id": self.id,
