@@ -1,4 +1,4 @@
-"""The profile of a device: the time of each operator that networks call, measured alone; it grows and is never redone."""
+"""The profile of a device: the time of each operator that networks call, measured alone; it grows and stays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from archfront.errors import InputError
 from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
-from archfront.evaluators.latency.operators import call_bytes
+from archfront.evaluators.latency.operators import Operator, call_bytes
 
 FORMAT = "archfront-operator-profile-1"
 OPERATOR_SETTINGS = Settings(rounds=12, sample_ms=0.7, warmup_ms=4.0, warmup_limit_ms=60.0)
@@ -31,6 +31,7 @@ class Profile:
         threads: of each call.
         ms: median time of each call, by its canonical text.
         std_ms: standard deviation of that median.
+        facts: of each call: multiply-adds, and bytes read, written and of weights.
         failed: calls that cannot run alone, with the reason.
     """
 
@@ -38,7 +39,14 @@ class Profile:
     threads: int
     ms: Mapping[str, float] = field(default_factory=dict)
     std_ms: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def operators(self) -> list[Operator]:
+        """What was measured, as operators of no module."""
+        names = ("macs", "read_bytes", "written_bytes", "weight_bytes")
+        return [Operator(call=c, module="", **dict(zip(names, self.facts[c], strict=True))) for c in self.ms]
 
     @cached_property
     def digest(self) -> str:
@@ -50,7 +58,7 @@ class Profile:
         return [call for call in dict.fromkeys(calls) if call not in self.ms and call not in self.failed]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [[call, ms, self.std_ms.get(call)] for call, ms in self.ms.items()]
+        rows = [[call, ms, self.std_ms[call], *self.facts[call]] for call, ms in self.ms.items()]
         return {
             "format": FORMAT,
             "device": dict(self.device),
@@ -71,8 +79,9 @@ class Profile:
         return cls(
             device=data["device"],
             threads=data["threads"],
-            ms={call: float(ms) for call, ms, _ in data["operators"]},
-            std_ms={call: float(std) for call, _, std in data["operators"] if std is not None},
+            ms={row[0]: float(row[1]) for row in data["operators"]},
+            std_ms={row[0]: float(row[2]) for row in data["operators"]},
+            facts={row[0]: (row[3], row[4], row[5], row[6]) for row in data["operators"]},
             failed=data["failed"],
         )
 
@@ -92,7 +101,7 @@ class ProfileProgress:
 
 
 def profile_operators(
-    calls: Sequence[str],
+    operators: Iterable[Operator],
     known: Profile,
     *,
     settings: Settings = OPERATOR_SETTINGS,
@@ -103,7 +112,7 @@ def profile_operators(
     """Measure what a profile lacks, in fresh processes of some hundred operators each.
 
     Args:
-        calls: that are needed; known ones cost nothing.
+        operators: that are needed; known ones cost nothing.
         known: of this device and number of threads.
         settings: how long each is measured.
         timeout_s: of one process.
@@ -117,7 +126,8 @@ def profile_operators(
         MeasurementError: a process failed.
         InputError: ``known`` is of another device.
     """
-    missing = known.missing(calls)
+    facts = {o.call: (o.macs, o.read_bytes, o.written_bytes, o.weight_bytes) for o in operators}
+    missing = known.missing(facts)
     start, done = time.monotonic(), 0
     observe(ProfileProgress(done=0, total=len(missing), left_s=None if missing else 0.0))
     for chunk in _chunks(missing):
@@ -130,6 +140,7 @@ def profile_operators(
             known,
             ms={**known.ms, **{call: t.median_ms for call, t in good}},
             std_ms={**known.std_ms, **{call: t.std_ms for call, t in good}},
+            facts={**known.facts, **{call: facts[call] for call, _ in good}},
             failed={**known.failed, **{c: t.error for c, t in zip(chunk, timings, strict=True) if t.error is not None}},
         )
         keep(known)

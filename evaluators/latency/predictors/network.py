@@ -1,0 +1,137 @@
+"""The latency of whole networks: the sum of their operators' times, corrected by networks that were measured.
+
+A sum of operators measured alone leaves out what the interpreter does between them, and that a large network's
+weights and activations come from memory where one operator's stay in the cache. So the time is fitted as a
+non-negative combination of the sum and of what those effects grow with. Errors are relative, and intervals conformal:
+from how far each calibration network lies from the fit to the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from archfront.errors import InputError
+from archfront.evaluators.latency.predictors.conformal import check_confidence, conformal_quantile, split_interval
+from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
+from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, Prediction, Vector
+from archfront.evaluators.latency.profile import Profile
+from archfront.evaluators.latency.tracing import Trace
+
+FORMAT = "archfront-network-latency-1"
+LEAST_NETWORKS = 6
+TERMS = ("operators_ms", "calls", "modules", "weight_mb", "activation_mb")
+
+
+class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
+    """Predicts any traced network on the device of a profile.
+
+    Args:
+        profile: of the device.
+    """
+
+    name: ClassVar[str] = "operators"
+
+    def __init__(self, profile: Profile) -> None:
+        self.prices = OperatorPrices(profile)
+        self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
+        self._scores: Vector = np.zeros(0)
+
+    def fit(self, networks: Sequence[Trace], ms: Vector) -> Self:
+        """Fit the correction.
+
+        Raises:
+            InputError: fewer than 6 networks, or latencies that are not positive and finite.
+        """
+        measured = np.asarray(ms, dtype=np.float64)
+        if len(networks) != len(measured) or len(networks) < LEAST_NETWORKS:
+            problem = f"are {len(networks)} networks with {len(measured)} latencies"
+            raise InputError("latency.calibration", len(networks), problem, f"Measure {LEAST_NETWORKS} or more.")
+        if not (np.isfinite(measured) & (measured > 0)).all():
+            raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
+        terms = self.terms(networks)
+        self._weights = _fit(terms, measured)
+        left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(networks))]
+        self._scores = np.abs(measured / np.array(left_out) - 1)
+        return self
+
+    def predict(self, networks: Sequence[Trace], confidence: float = 0.9) -> Prediction:
+        check_confidence(confidence)
+        ms = self.terms(networks) @ self._weights
+        width = conformal_quantile(self._scores, confidence) if len(self._scores) else np.inf
+        low, high = split_interval(ms, width)
+        notes = tuple(self._extrapolated(network) for network in networks)
+        return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence, extrapolated=notes)
+
+    def terms(self, networks: Sequence[Trace]) -> npt.NDArray[np.float64]:
+        """``(n, 5)``, what a latency is a combination of; see ``TERMS``."""
+        rows = []
+        for network in networks:
+            prices, _ = self.prices.ms(network.operators)
+            written = sum(operator.written_bytes for operator in network.operators)
+            rows.append(
+                [prices.sum(), len(network.operators), network.modules, network.weight_bytes / 2**20, written / 2**20]
+            )
+        return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
+
+    @property
+    def correction(self) -> dict[str, float]:
+        """ms for each unit of each term."""
+        return dict(zip(TERMS, self._weights.tolist(), strict=True))
+
+    @property
+    def digest(self) -> str:
+        """The version: two of one digest predict the same."""
+        return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "profile": self.prices.profile.to_json(),
+            "weights": self._weights.tolist(),
+            "scores": self._scores.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NetworkLatency:
+        """The inverse of ``to_json``.
+
+        Raises:
+            InputError: it is not a predictor of this format.
+        """
+        if data.get("format") != FORMAT:
+            raise InputError("latency.predictor", data.get("format"), "is no predictor", f"Give one of {FORMAT}.")
+        made = cls(Profile.from_json(data["profile"]))
+        made._weights = np.array(data["weights"], dtype=np.float64)
+        made._scores = np.array(data["scores"], dtype=np.float64)
+        return made
+
+    def _extrapolated(self, network: Trace) -> tuple[str, ...]:
+        prices, measured = self.prices.ms(network.operators)
+        if measured.all():
+            return network.warnings
+        kinds = sorted({o.kind for o, known in zip(network.operators, measured, strict=True) if not known})
+        share = prices[~measured].sum() / max(prices.sum(), 1e-12)
+        count = int((~measured).sum())
+        return (f"{count} of {len(measured)} operators never measured ({', '.join(kinds)}): {share:.0%} of the time",
+                *network.warnings)  # fmt: skip
+
+
+def _fit(terms: npt.NDArray[np.float64], measured: Vector) -> Vector:
+    """Non-negative weights with the least squared relative errors, drawn a little towards the sum alone."""
+    relative = terms / measured[:, None]
+    scale = np.sqrt((relative**2).mean(axis=0))
+    scale[scale == 0] = 1.0
+    # Few networks cannot tell calls from modules: a small penalty shares between them instead of choosing at random.
+    ridge = 0.02 * np.sqrt(len(measured)) * np.eye(terms.shape[1])
+    ridge[0] = 0.0
+    found = nnls(np.vstack([relative / scale, ridge]), np.concatenate([np.ones(len(measured)), np.zeros(len(scale))]))[
+        0
+    ]
+    return np.asarray(found / scale)
