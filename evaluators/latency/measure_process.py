@@ -3,7 +3,7 @@
 Run as ``python -m archfront.evaluators.latency.measure_process``. It imports the spaces and torch, and no other part
 of archfront, no data and no database. The request:
 
-    {"space": {"name": ..., ...} | null, "threads": 1, "settings": {...},
+    {"space": {"name": ..., ...} | null, "device": "local-cpu", "threads": 1, "settings": {...},
      "items": [{"genotype": [...]} | {"block": "<descriptor>"} | {"model": "timm:resnet18"} | {"operator": "<call>"},
                ...]}
 
@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import nn
 
-from archfront.evaluators.latency.device import fingerprint
+from archfront.evaluators.latency.device import LOCAL_CPU, fingerprint
 from archfront.evaluators.latency.measurement import Settings, Timing, failed, measure, peak_memory
 from archfront.evaluators.latency.operators import runnable
 from archfront.plugins import Plugin, load_into
@@ -44,10 +44,11 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     functions: list[Callable[[], object]] = []
     places: list[int] = []
     results: dict[int, Timing] = {}
+    device = "cpu" if request.get("device", LOCAL_CPU) == LOCAL_CPU else str(request["device"])
     with torch.inference_mode():
         for place, item in enumerate(request["items"]):
             try:
-                functions.append(_call(space, item))
+                functions.append(_finished(_call(space, item, device), device))
                 places.append(place)
             except Exception as error:
                 results[place] = failed(f"{type(error).__name__}: {error}")
@@ -55,7 +56,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "items": [asdict(results[place]) for place in range(len(request["items"]))],
         "environment": {
-            "device": fingerprint(threads).to_json(),
+            "device": fingerprint(threads, request.get("device", LOCAL_CPU)).to_json(),
             "threads": torch.get_num_threads(),
             "load_before": load_before,
             "load_after": _load(),
@@ -88,26 +89,61 @@ def _notes(load: float | None, threads: int) -> list[str]:
     return []
 
 
-def _call(space: Space | None, item: dict[str, Any]) -> Callable[[], object]:
+def _finished(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """A call that returns when its work is done, as ``measure`` asks."""
+    if device == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
+
+
+def _call(space: Space | None, item: dict[str, Any], device: str) -> Callable[[], object]:
     """One forward pass of an item, its weights and input drawn from a fixed seed."""
     torch.manual_seed(0)
     if "operator" in item:
-        return runnable(item["operator"])
+        return runnable(item["operator"], device)
     model, shape = _model(space, item)
     layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
-    model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
+    model = model.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
-    example = torch.randn(int(item.get("batch", 1)), *shape).contiguous(memory_format=layout)
+    example = torch.randn(int(item.get("batch", 1)), *shape).to(device).contiguous(memory_format=layout)
     backend = item.get("backend", "eager")
     if backend == "compile":
         model = torch.compile(model)  # type: ignore[assignment]
+    elif backend == "cuda-graph":
+        return _graph(model, example)
     elif backend != "eager":
-        raise ValueError(f"unknown backend {backend!r}; known: eager, compile")
+        raise ValueError(f"unknown backend {backend!r}; known: eager, compile, cuda-graph")
 
     def call() -> object:
         return model(example)
 
     return call
+
+
+def _graph(model: nn.Module, example: torch.Tensor) -> Callable[[], object]:
+    """A forward pass recorded once as a CUDA graph: its replay launches all kernels at a stroke."""
+    if not example.is_cuda:
+        raise ValueError("backend 'cuda-graph' needs a CUDA device")
+    stream = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(example.device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # lazy libraries allocate in their first calls, which a graph may not hold
+            model(example)
+    torch.cuda.current_stream(example.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = model(example)
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def _model(space: Space | None, item: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:

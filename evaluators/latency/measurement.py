@@ -206,6 +206,7 @@ def measured_elsewhere(
     settings: Settings | None = None,
     timeout_s: float | None = None,
     plugins: Sequence[Plugin] = (),
+    device: str = LOCAL_CPU,
 ) -> tuple[list[Timing], dict[str, Any]]:
     """Measure in a fresh process, alone: another measurement on this host is waited for.
 
@@ -218,6 +219,7 @@ def measured_elsewhere(
         settings: how long to measure.
         timeout_s: of the process; None for none.
         plugins: files that may hold the space.
+        device: ``local-cpu`` or ``cuda:<number>``.
 
     Returns:
         The timings in the order of the items, and the environment they hold for.
@@ -225,11 +227,12 @@ def measured_elsewhere(
     Raises:
         MeasurementError: the process failed or took too long.
     """
-    request = {"space": space, "items": list(items), "threads": threads, "settings": asdict(settings or Settings())}
+    request: dict[str, Any] = {"space": space, "items": list(items), "threads": threads, "device": device}
+    request["settings"] = asdict(settings or Settings())
     request["plugins"] = [asdict(plugin) for plugin in plugins]
     environment = {**os.environ, **{name: str(threads) for name in _THREAD_VARIABLES}}
     try:
-        with device_lock(LOCAL_CPU):
+        with device_lock(device):
             done = subprocess.run(
                 [sys.executable, "-m", _PROCESS],
                 input=json.dumps(request),
