@@ -40,7 +40,10 @@ POOL = 400
 """Networks among which the next to measure are chosen."""
 
 REWRITE_SHARE = 1 / 3
-"""Of the prior belief, while choosing what to measure, that the runtime rewrites networks."""
+"""Of the belief that the runtime rewrites networks, while choosing what to measure: enough to put it to the test."""
+
+REWRITE_LOG_ODDS = -2.0
+"""Of each rewrite, before measurements, against what is written: random samples may hardly tell them apart."""
 
 CALIBRATION_ROWS = 400
 LEAST_GROUPS = 3
@@ -79,7 +82,7 @@ class FewShotTransfer(LatencyPredictor[Rows]):
         rows = np.zeros((0, n), np.int64) if rewrites is None else np.asarray(rewrites)
         if rows.ndim != 2 or rows.shape[1] != n or not np.issubdtype(rows.dtype, np.integer):
             raise InputError("rewrites", f"{rows.dtype}{rows.shape}", "is no matrix of rows", f"Give ints (k, {n}).")
-        self._rewrites = np.vstack([np.arange(n), *(_checked_rows("rewrites", row, n)[None] for row in rows)])
+        self._rewrites = [np.arange(n), *(_checked_rows("rewrites", row, n) for row in rows)]
         devices = self._known.shape[1]
         self._families = [str(i) for i in range(devices)] if families is None else [str(f) for f in families]
         if len(self._families) != devices:
@@ -159,7 +162,7 @@ class FewShotTransfer(LatencyPredictor[Rows]):
             "format": FORMAT,
             "structure": _digest(self._structure),
             "known": _digest(self._known),
-            "rewrites": _digest(self._rewrites),
+            "rewrites": _digest(np.stack(self._rewrites)),
             "families": self._families,
             "rows": self._rows.tolist(),
             "ms": self._ms.tolist(),
@@ -203,7 +206,8 @@ class FewShotTransfer(LatencyPredictor[Rows]):
 
     def _moments(self, posterior: list[tuple[Rows, Posterior]], rows: Rows) -> tuple[Vector, Vector]:
         """``(n,)`` means and standard deviations of measurements, averaged over the hypotheses by evidence."""
-        evidence = np.array([each.log_evidence for _, each in posterior])
+        belief = [0.0 if rewrite is self._rewrites[0] else REWRITE_LOG_ODDS for rewrite, _ in posterior]
+        evidence = np.array([each.log_evidence for _, each in posterior]) + belief
         weights = np.exp(evidence - evidence.max())
         weights /= weights.sum()
         first, second = np.zeros(len(rows)), np.zeros(len(rows))
