@@ -41,7 +41,7 @@ SCALES = (0.3, 1.0, 3.0, 10.0)
 FREEDOM = 4.0
 """Degrees of freedom of the noise: phones give single latencies of many times the usual."""
 
-ROUNDS = 6
+ROUNDS = 5
 LEAST_SHARE = 0.2
 """A network's share counts as at least this much where noise is taken to grow with it."""
 
@@ -210,36 +210,26 @@ class Posterior:
 def condition(prior: DevicePrior, which: int, rows: Rows, ms: Vector) -> Posterior:
     """The posterior given latencies ``(m,)`` in ms of rows ``(m,)``.
 
-    The noise has Student's distribution: rounds of expectation-maximisation give outliers small weights.
+    The noise has Student's distribution: rounds of expectation-maximisation give outliers small weights. They begin
+    once with the noise that fits best, which may excuse outliers, and once with that of known devices, which may see
+    too many; the evidence says which end is the better one.
     """
     start = prior.mean_of(rows)
-    unit = float(ms.mean() / max(float(start.mean()), 0.05))
-    residual = ms / unit - start
-    covariance = prior.covariance(which, rows, rows)
-    growth = 1 / np.maximum(start, LEAST_SHARE)
-    weights = growth.copy()
+    unit = float(np.median(ms / np.maximum(start, LEAST_SHARE)))
     noises, scales = (axis.ravel() for axis in np.meshgrid(NOISES, SCALES, indexing="ij"))
     usual = max(prior.noise, NOISE_LEAST)
-    belief = -0.5 * np.log(noises / usual) ** 2 - 0.5 * np.log(scales) ** 2
-    for turn in range(ROUNDS):
-        roots = np.sqrt(weights)
-        values, basis = np.linalg.eigh(covariance * roots[:, None] * roots)
-        spectra = scales[:, None] * np.maximum(values, 0.0) + noises[:, None] ** 2
-        turned = basis.T @ (residual * roots)
-        evidence = belief - 0.5 * (turned**2 / spectra).sum(axis=1) - 0.5 * np.log(spectra).sum(axis=1)
-        # The density of weighted residuals as one of residuals, and Student's price of a weight other than 1.
-        trust = weights / growth
-        evidence += 0.5 * np.log(weights).sum() + FREEDOM / 2 * (np.log(trust) - trust + 1).sum()
-        if turn == ROUNDS - 1:
-            break
-        best = int(evidence.argmax())
-        noise, scale = noises[best], scales[best]
-        across = covariance * roots @ basis
-        left = residual - scale * across @ (turned / spectra[best])
-        variance = scale * np.diag(covariance) - scale**2 * (across**2 @ (1 / spectra[best]))
-        squares = growth * (left**2 + np.maximum(variance, 0.0)) / noise**2
-        weights = growth * (FREEDOM + 1) / (FREEDOM + squares)
-    probability = np.exp(evidence - evidence.max())
+    problem = _Problem(
+        covariance=prior.covariance(which, rows, rows),
+        residual=ms / unit - start,
+        growth=1 / np.maximum(start, LEAST_SHARE),
+        noises=noises,
+        scales=scales,
+        belief=-0.5 * np.log(noises / usual) ** 2 - 0.5 * np.log(scales) ** 2,
+    )
+    usual_index = int(np.argmin(np.abs(np.log(noises / usual)) + np.abs(np.log(scales))))
+    ends = [problem.solved(problem.weights(first)) for first in (None, usual_index)]
+    end = max(ends, key=lambda each: float(np.logaddexp.reduce(each.evidence)))
+    probability = np.exp(end.evidence - end.evidence.max())
     matters = probability > 1e-3 * probability.sum()
     probability = probability[matters] / probability[matters].sum()
     return Posterior(
@@ -247,11 +237,60 @@ def condition(prior: DevicePrior, which: int, rows: Rows, ms: Vector) -> Posteri
         which=which,
         rows=rows,
         ms_per_share=unit,
-        roots=roots,
-        basis=basis,
+        roots=end.roots,
+        basis=end.basis,
         grid=np.stack([probability, noises[matters], scales[matters]], axis=1),
-        solved=turned / spectra[matters],
-        spectra=spectra[matters],
+        solved=end.turned / end.spectra[matters],
+        spectra=end.spectra[matters],
         # A share's density is one of ms times the unit.
-        log_evidence=float(np.logaddexp.reduce(evidence)) - len(ms) * float(np.log(unit)) - float(which),
+        log_evidence=float(np.logaddexp.reduce(end.evidence)) - len(ms) * float(np.log(unit)) - float(which),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Solved:
+    """For given weights: their roots, the eigenvectors of the weighted covariance, its spectra ``(g, m)`` with noise,
+    the residuals turned into the eigenvectors, and the log evidence ``(g,)`` of each noise and scale."""
+
+    roots: Vector
+    basis: Matrix
+    spectra: Matrix
+    turned: Vector
+    evidence: Vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """Residuals ``(m,)`` with their covariance at scale 1; ``growth`` divides the noise's variance of each."""
+
+    covariance: Matrix
+    residual: Vector
+    growth: Vector
+    noises: Vector
+    scales: Vector
+    belief: Vector
+
+    def solved(self, weights: Vector) -> _Solved:
+        roots = np.sqrt(weights)
+        values, basis = np.linalg.eigh(self.covariance * roots[:, None] * roots)
+        spectra = self.scales[:, None] * np.maximum(values, 0.0) + self.noises[:, None] ** 2
+        turned = basis.T @ (self.residual * roots)
+        evidence = self.belief - 0.5 * (turned**2 / spectra).sum(axis=1) - 0.5 * np.log(spectra).sum(axis=1)
+        # The density of weighted residuals as one of residuals, and Student's price of a weight other than 1.
+        trust = weights / self.growth
+        evidence += 0.5 * np.log(weights).sum() + FREEDOM / 2 * (np.log(trust) - trust + 1).sum()
+        return _Solved(roots=roots, basis=basis, spectra=spectra, turned=turned, evidence=evidence)
+
+    def weights(self, first: int | None) -> Vector:
+        """The weights after ``ROUNDS``, of which the first one takes this noise and scale, by default the best."""
+        weights = self.growth
+        for turn in range(ROUNDS):
+            found = self.solved(weights)
+            at = first if turn == 0 and first is not None else int(found.evidence.argmax())
+            noise, scale, spectrum = self.noises[at], self.scales[at], found.spectra[at]
+            across = self.covariance * found.roots @ found.basis
+            left = self.residual - scale * across @ (found.turned / spectrum)
+            variance = scale * np.diag(self.covariance) - scale**2 * (across**2 @ (1 / spectrum))
+            squares = self.growth * (left**2 + np.maximum(variance, 0.0)) / noise**2
+            weights = self.growth * (FREEDOM + 1) / (FREEDOM + squares)
+        return weights

@@ -39,6 +39,9 @@ LEAST = 3
 POOL = 400
 """Networks among which the next to measure are chosen."""
 
+LEAST_LATENCY = 0.01
+"""The least that is predicted, in the least measured."""
+
 REWRITE_SHARE = 1 / 3
 """Of the belief that the runtime rewrites networks, while choosing what to measure: enough to put it to the test."""
 
@@ -153,6 +156,8 @@ class FewShotTransfer(LatencyPredictor[Rows]):
         if self._posterior is None:
             raise InputError("predictor", self.name, "was not fitted", "Call fit first.")
         mean, deviation = self._moments(self._posterior, rows)
+        # A line may run below zero where nothing was measured; no network takes no time.
+        mean = np.maximum(mean, LEAST_LATENCY * self._ms.min())
         low, high = split_interval(mean, self._multiplier(confidence), deviation)
         return Prediction(ms=mean, low_ms=low, high_ms=high, confidence=confidence)
 
@@ -219,8 +224,7 @@ class FewShotTransfer(LatencyPredictor[Rows]):
         total = weights[weights > 1e-4].sum()
         mean, second = first / total, second / total
         deviation = np.sqrt(np.maximum(second - mean**2, 1e-12 * mean**2))
-        # A line may run below zero where nothing was measured; no network takes no time.
-        return np.maximum(mean, 0.01 * self._ms.min()) if len(self._ms) else mean, deviation
+        return mean, deviation
 
     def _belief(self, rows: Rows) -> Matrix:
         """Prior covariance ``(m, m)`` of rows, whichever hypothesis holds."""
