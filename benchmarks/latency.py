@@ -39,7 +39,8 @@ TEST_MODELS = (
     "efficientnet_b0", "efficientnet_b1", "fbnetc_100", "mnasnet_100", "spnasnet_100", "ghostnet_100", "regnetx_002",
     "regnetx_008", "regnety_004", "densenet121", "dpn68", "hrnet_w18_small", "repvgg_a0", "vgg11", "convnext_atto",
     "convnext_femto", "vit_tiny_patch16_224", "vit_small_patch32_224", "deit_tiny_patch16_224", "mixer_s32_224",
-    "swin_tiny_patch4_window7_224", "poolformer_s12", "pvt_v2_b0", "edgenext_xx_small", "mobilevit_xxs", "resmlp_12_224",
+    "swin_tiny_patch4_window7_224", "poolformer_s12", "pvt_v2_b0", "edgenext_xx_small", "mobilevit_xxs",
+    "resmlp_12_224",
     "gmlp_ti16_224", "xcit_nano_12_p16_224", "levit_128s", "tinynet_a", "lcnet_100", "semnasnet_100", "rexnet_100",
     "selecsls42b",
 )  # fmt: skip
@@ -91,7 +92,9 @@ def scores(name: str, predicted: np.ndarray, measured: np.ndarray, inside: np.nd
     return [*parts, None if inside is None else float(inside.mean())]
 
 
-def scaled(count: Callable[[Trace], float], calibration: Sequence[Trace], ms: np.ndarray, tests: Sequence[Trace]) -> np.ndarray:
+def scaled(
+    count: Callable[[Trace], float], calibration: Sequence[Trace], ms: np.ndarray, tests: Sequence[Trace]
+) -> np.ndarray:
     """A count as a predictor: a line with the least squared relative errors on the calibration networks."""
     design = np.array([[1.0, count(t)] for t in calibration]) / ms[:, None]
     weights = np.linalg.lstsq(design, np.ones(len(ms)), rcond=None)[0]
@@ -126,7 +129,9 @@ def main() -> None:
     profile_s = time.perf_counter() - start
     quick = Settings(rounds=5, sample_ms=1.0) if options.quick else Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     start = time.perf_counter()
-    items = [{"genotype": g} for g in (*tests, *others)] + [{"model": f"timm:{m}"} for m in (*models, *calibration_models)]
+    items = [{"genotype": g} for g in (*tests, *others)] + [
+        {"model": f"timm:{m}"} for m in (*models, *calibration_models)
+    ]
     times = measure_all(items, options.threads, quick, options.processes)
     measured = np.concatenate([times[:tiny], times[tiny + len(others) : tiny + len(others) + len(models)]])
     fit_ms = np.concatenate([times[tiny : tiny + len(others)], times[tiny + len(others) + len(models) :]])
@@ -152,7 +157,9 @@ def main() -> None:
     unseen = [o for t in test_traces for o in t.operators if o.call not in seen and o.call in profile.ms]
     unique = list({o.call: o for o in unseen}.values())
     guessed = OperatorPrices(less).guess(unique) / np.array([profile.ms[o.call] for o in unique]) - 1
-    console.print(f"{len(profile.ms):,} operators profiled in {profile_s:.0f} s; networks measured in {measure_s:.0f} s")
+    console.print(
+        f"{len(profile.ms):,} operators profiled in {profile_s:.0f} s; networks measured in {measure_s:.0f} s"
+    )
     console.print(f"trees on {len(unique):,} operators they never saw: median error {np.median(np.abs(guessed)):.1%}")
     console.print(f"correction: {predictor.correction}")
     names = [*(f"fbnet-tiny {i}" for i in range(tiny)), *models]

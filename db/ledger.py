@@ -249,6 +249,24 @@ class Ledger:
         query = sa.select(Artifact.content).where(Artifact.kind == kind, Artifact.key == key)
         return self.read(lambda connection: connection.execute(query).scalar())
 
+    def artifacts(self, kind: str, prefix: str) -> list[dict[str, Any]]:
+        """All of a kind whose keys begin so, in the order in which they were stored."""
+        begins = Artifact.key.startswith(prefix, autoescape=True)
+        query = sa.select(Artifact.content).where(Artifact.kind == kind, begins).order_by(Artifact.id)
+        return list(self.read(lambda connection: connection.execute(query).scalars().all()))
+
+    def devices_of(self, kind: str) -> list[dict[str, Any]]:
+        """Fingerprints of the devices that artifacts of this kind hold for, the newest artifact's first."""
+        newest = sa.func.max(Artifact.id)
+        query = (
+            sa.select(Device.fingerprint)
+            .join(Artifact, Artifact.device == Device.digest)
+            .where(Artifact.kind == kind)
+            .group_by(Device.digest)
+            .order_by(newest.desc())
+        )
+        return list(self.read(lambda connection: connection.execute(query).scalars().all()))
+
     def store_artifact(self, kind: str, key: str, content: Mapping[str, Any], device: Mapping[str, Any] | None) -> None:
         """Keep what an evaluator prepared; the first of a key stays.
 

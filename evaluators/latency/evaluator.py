@@ -1,19 +1,27 @@
-"""Latency as an evaluator: predicted from a table of the device, or measured candidate by candidate."""
+"""Latency as an evaluator: predicted from blocks or operators of the device, or measured candidate by candidate."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from archfront.errors import InputError
 from archfront.evaluators.costs import InputShaped
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
-from archfront.evaluators.latency.device import LOCAL_CPU, fingerprint
+from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint, check_device, fingerprint
 from archfront.evaluators.latency.measurement import MeasurementError, measured_elsewhere
+from archfront.evaluators.latency.network_profile import network_latency
+from archfront.evaluators.latency.predictors.network import FORMAT as NETWORK_FORMAT
+from archfront.evaluators.latency.predictors.network import NetworkLatency
+from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.evaluators.latency.table import FORMAT, LatencyTable, make_table
 from archfront.spaces.blocks import BlockSpace
 
 _PROCESS_TIMEOUT_S = 600.0
+_CONFIDENCE, _DEVIATIONS = 0.9, 1.6449
+"""An interval of this confidence reaches so many standard deviations to either side, where errors are normal."""
 
 
 class Latency(Evaluator):
@@ -23,9 +31,10 @@ class Latency(Evaluator):
         device: ``local-cpu``, the processor that the workers run on.
         batch: images a pass.
         threads: that the pass may use.
-        mode: ``table`` predicts from blocks measured once per device; ``measure`` measures each candidate in a fresh
-            process, which takes seconds.
-        backend: ``eager`` or ``compile`` (``torch.compile``).
+        mode: ``table`` predicts from blocks measured once per device, in spaces of blocks; ``operators`` from traced
+            operators measured once per device, in any space of torch models; ``measure`` measures each candidate in
+            a fresh process, which takes seconds.
+        backend: ``eager``, ``compile`` (``torch.compile``) or ``cuda-graph``; ``operators`` knows ``eager`` alone.
 
     Raises:
         InputError: an unknown device, mode or backend, or a number below 1.
@@ -40,25 +49,34 @@ class Latency(Evaluator):
         device: str = LOCAL_CPU,
         batch: int = 1,
         threads: int = 1,
-        mode: Literal["table", "measure"] = "table",
-        backend: Literal["eager", "compile"] = "eager",
+        mode: Literal["table", "operators", "measure"] = "table",
+        backend: Literal["eager", "compile", "cuda-graph"] = "eager",
     ) -> None:
-        if device != LOCAL_CPU:
-            raise InputError("evaluators.latency.device", device, "is not a known device", f"Known: {LOCAL_CPU}.")
+        # Whether a GPU is there is asked on the worker: the job may be read on a host that has none.
+        if device != LOCAL_CPU and not re.fullmatch(r"cuda:\d+", device):
+            remedy = f"Known: {LOCAL_CPU}, cuda:<number>."
+            raise InputError("evaluators.latency.device", device, "is not a known device", remedy)
         for field, number in (("batch", batch), ("threads", threads)):
             if number < 1:
                 raise InputError(f"evaluators.latency.{field}", number, "is not positive", "Give 1 or more.")
-        if mode not in ("table", "measure"):
-            raise InputError("evaluators.latency.mode", mode, "is unknown", "Give 'table' or 'measure'.")
-        if backend not in ("eager", "compile"):
-            raise InputError("evaluators.latency.backend", backend, "is unknown", "Give 'eager' or 'compile'.")
+        if mode not in ("table", "operators", "measure"):
+            raise InputError("evaluators.latency.mode", mode, "is unknown", "Give 'table', 'operators' or 'measure'.")
+        if backend not in ("eager", "compile", "cuda-graph"):
+            remedy = "Give 'eager', 'compile' or 'cuda-graph'."
+            raise InputError("evaluators.latency.backend", backend, "is unknown", remedy)
+        if backend == "cuda-graph" and device == LOCAL_CPU:
+            raise InputError("evaluators.latency.backend", backend, "needs a GPU", "Give device cuda:0, or 'eager'.")
+        if mode == "operators" and backend != "eager":
+            remedy = "Give backend 'eager', or mode 'table' or 'measure'."
+            raise InputError("evaluators.latency.backend", backend, "has no prices of single operators", remedy)
         self.device = device
         self.batch = batch
         self.threads = threads
         self.mode = mode
         self.backend = backend
-        self.batch_size = 4096 if mode == "table" else 8
+        self.batch_size = {"table": 4096, "operators": 64, "measure": 8}[mode]
         self._table: tuple[dict[str, Any], LatencyTable] | None = None
+        self._network: tuple[dict[str, Any], NetworkLatency] | None = None
 
     @property
     def metrics(self) -> Sequence[MetricSpec]:
@@ -74,19 +92,23 @@ class Latency(Evaluator):
             raise InputError("space.name", space.name, problem, "Leave out the latency, or choose another space.")
 
     def device_key(self, context: EvaluationContext) -> str | None:
-        return fingerprint(self.threads).digest
+        return self._fingerprint().digest
 
     def prepare_key(self, context: EvaluationContext) -> str | None:
-        if self.mode != "table":
+        if self.mode == "measure":
             return None
-        device = fingerprint(self.threads).digest
-        return f"{FORMAT}:{device}:{context.space.digest}:batch={self.batch}:threads={self.threads}:{self.backend}"
+        form = FORMAT if self.mode == "table" else NETWORK_FORMAT
+        device = self._fingerprint().digest
+        return f"{form}:{device}:{context.space.digest}:batch={self.batch}:threads={self.threads}:{self.backend}"
 
     def prepare(self, context: EvaluationContext) -> dict[str, Any]:
-        """The table as JSON, measured in fresh processes; empty in mode ``measure``."""
-        if self.mode != "table":
+        """The table or the operators' profile as JSON, measured in fresh processes; empty in mode ``measure``."""
+        if self.mode == "measure":
             return {}
         self.check(context)
+        if self.mode == "operators":
+            made = network_latency(context.space, self._fingerprint(), self.device, self.batch, context.plugins)
+            return {**made.to_json(), "device": self._fingerprint().to_json()}
         return make_table(
             _blocks(context),
             batch=self.batch,
@@ -94,12 +116,14 @@ class Latency(Evaluator):
             backend=self.backend,
             timeout_s=_PROCESS_TIMEOUT_S,
             plugins=context.plugins,
+            place=self.device,
         ).to_json()
 
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
         if not tasks:
             return []
-        return self._predicted(tasks, context) if self.mode == "table" else self._measured(tasks, context)
+        modes = {"table": self._predicted, "operators": self._priced, "measure": self._measured}
+        return modes[self.mode](tasks, context)
 
     def _predicted(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
         space = _blocks(context)
@@ -111,6 +135,34 @@ class Latency(Evaluator):
             for value, std in zip(values, stds, strict=True)
         ]
 
+    def _priced(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
+        artifact = context.artifacts.get(self.name)
+        if not artifact:
+            raise MeasurementError("The operators' profile is missing: prepare() has to run before evaluate().")
+        if self._network is None or self._network[0] is not artifact:
+            self._network = (artifact, NetworkLatency.from_json(artifact))
+        predictor = self._network[1]
+        results: list[Evaluated | Exception] = []
+        for task in tasks:
+            try:
+                claimed = "cpu" if self.device == LOCAL_CPU else self.device
+                traces = list(traced_genotypes(context.space, [task.genotype], batch=self.batch, device=claimed))
+                found = predictor.predict(traces, _CONFIDENCE)
+            except Exception as error:
+                results.append(error)
+                continue
+            # Constraints count in standard deviations: of the normal distribution with the same interval.
+            std = float(found.high_ms[0] - found.ms[0]) / _DEVIATIONS
+            guessed = "+trees" if found.extrapolated[0] else ""
+            version = f"{predictor.name}:{predictor.digest[:8]}{guessed}"
+            device = str(artifact["device"]["digest"])
+            metric = Metric(float(found.ms[0]), "predicted", std if math.isfinite(std) else None, version, device)
+            results.append(Evaluated({"latency_ms": metric}))
+        return results
+
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(self.threads, check_device(self.device, "evaluators.latency.device"))
+
     def _measured(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
         config = {"name": context.space.name, **context.space.config}
         results: list[Evaluated | Exception] = []
@@ -118,7 +170,12 @@ class Latency(Evaluator):
             item = {"genotype": task.genotype, "batch": self.batch, "backend": self.backend}
             try:
                 [timing], environment = measured_elsewhere(
-                    config, [item], threads=self.threads, timeout_s=_PROCESS_TIMEOUT_S, plugins=context.plugins
+                    config,
+                    [item],
+                    threads=self.threads,
+                    timeout_s=_PROCESS_TIMEOUT_S,
+                    plugins=context.plugins,
+                    device=self.device,
                 )
                 if timing.error is not None:
                     raise MeasurementError(timing.error)

@@ -157,8 +157,8 @@ def _model(space: Space | None, item: dict[str, Any]) -> tuple[nn.Module, tuple[
         return space.build(item["genotype"]), (space.in_channels, space.resolution, space.resolution)  # type: ignore[attr-defined]
     if not isinstance(space, BlockSpace):
         raise TypeError(f"{space.name} has no blocks")
-    found = next(s.input_shape for s in space.block_catalogue() if s.descriptor == item["block"])
-    return space.build_block(item["block"]), found
+    block = space.build_block(item["block"])
+    return block, next(s.input_shape for s in space.block_catalogue() if s.descriptor == item["block"])
 
 
 def main() -> None:

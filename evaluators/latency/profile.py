@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from archfront.errors import InputError
+from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
 from archfront.evaluators.latency.operators import Operator, call_bytes
 
@@ -132,7 +133,12 @@ def profile_operators(
     observe(ProfileProgress(done=0, total=len(missing), left_s=None if missing else 0.0))
     for chunk in _chunks(missing):
         timings, environment = measured_elsewhere(
-            None, [{"operator": call} for call in chunk], threads=known.threads, settings=settings, timeout_s=timeout_s
+            None,
+            [{"operator": call} for call in chunk],
+            threads=known.threads,
+            settings=settings,
+            timeout_s=timeout_s,
+            device=_device(known),
         )
         check_device(known, environment["device"])
         good = [(call, t) for call, t in zip(chunk, timings, strict=True) if t.error is None]
@@ -162,6 +168,11 @@ def check_device(profile: Profile, device: Mapping[str, Any]) -> None:
     differs = ", ".join(f"{name} {profile.device.get(name)!r} there, {device[name]!r} here" for name in names)
     problem = f"is of another device or setting ({differs})"
     raise InputError("latency.profile", profile.device["digest"], problem, "Run `archfront profile` on this one.")
+
+
+def _device(profile: Profile) -> str:
+    # Of several GPUs of one kind the first serves for all.
+    return LOCAL_CPU if profile.device["kind"] == LOCAL_CPU else "cuda:0"
 
 
 def _chunks(calls: Sequence[str]) -> Iterable[list[str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import InputError
+from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
 from archfront.plugins import Plugin
 from archfront.spaces.blocks import NO_BLOCK, BlockSpace
@@ -143,6 +144,7 @@ def make_table(
     settings: Settings | None = None,
     timeout_s: float | None = 600,
     plugins: Sequence[Plugin] = (),
+    place: str = LOCAL_CPU,
 ) -> LatencyTable:
     """Measure a table in fresh processes.
 
@@ -158,6 +160,7 @@ def make_table(
         settings: how long each measures.
         timeout_s: of each process.
         plugins: files that may hold the space.
+        place: the device, ``local-cpu`` or ``cuda:<number>``.
 
     Raises:
         MeasurementError: a process failed, or a block cannot run.
@@ -174,6 +177,7 @@ def make_table(
             settings=settings,
             timeout_s=timeout_s,
             plugins=plugins,
+            device=place,
         )
         for item, timing in zip(items, timings, strict=True):
             if timing.error is not None:

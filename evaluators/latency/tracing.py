@@ -145,12 +145,14 @@ def _traced_on_values(model: nn.Module, shape: tuple[int, ...], dtype: torch.dty
         weights = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
-                tensor = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+                tensor = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
             weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         recorder = _Recorder(weights.values())
         try:
             with recorder.paths(model), recorder:
-                torch.func.functional_call(model, weights, (torch.randn(shape, generator=generator).to(dtype),))
+                torch.func.functional_call(
+                    model, weights, (torch.randn(shape, generator=generator, device="cpu").to(dtype),)
+                )
         except Exception as error:
             problem = f"cannot run on an input of {tuple(shape)}: {type(error).__name__}: {error}"
             raise InputError("model", type(model).__name__, problem, "Give the shape that it takes.") from error
@@ -290,4 +292,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-

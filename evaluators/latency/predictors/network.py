@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -56,6 +57,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         if not (np.isfinite(measured) & (measured > 0)).all():
             raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
         terms = self.terms(networks)
+        self.__dict__.pop("digest", None)
         self._weights = _fit(terms, measured)
         left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(networks))]
         self._scores = np.abs(measured / np.array(left_out) - 1)
@@ -85,7 +87,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         """ms for each unit of each term."""
         return dict(zip(TERMS, self._weights.tolist(), strict=True))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The version: two of one digest predict the same."""
         return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()

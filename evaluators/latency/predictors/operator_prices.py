@@ -19,7 +19,7 @@ from archfront.errors import InputError
 from archfront.evaluators.latency.operators import Operator, tensors
 from archfront.evaluators.latency.profile import Profile
 
-LEAST_OPERATORS = 30
+LEAST_OPERATORS = 20
 _KINDS = ("conv", "linear", "matmul", "attention", "norm", "activation", "softmax", "pool", "copy", "elementwise",
           "view", "other")  # fmt: skip
 
@@ -30,7 +30,7 @@ class OperatorPrices:
     """Prices operators on the device of a profile.
 
     Args:
-        profile: what was measured, at least 30 operators.
+        profile: what was measured, at least 20 operators.
 
     Raises:
         InputError: too few of them to learn from.
@@ -125,7 +125,7 @@ def _by_kind(operators: Sequence[Operator], ms: Vector) -> list[tuple[str, list[
     found = []
     for kind in sorted(set(kinds)):
         at = np.flatnonzero(kinds == kind).tolist()
-        if len(at) >= LEAST_OPERATORS // 3:
+        if len(at) >= LEAST_OPERATORS // 2:
             found.append((str(kind), [operators[i] for i in at], ms[at]))
     return found
 

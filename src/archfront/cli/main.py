@@ -10,7 +10,7 @@ import click
 import typer
 
 from archfront import __version__
-from archfront.cli import catalog, cluster, database, importing, keeping, reading, running
+from archfront.cli import catalog, cluster, database, importing, keeping, profiling, reading, running
 from archfront.cli.common import EXIT_INPUT, EXIT_INTERRUPTED, errors, print_json
 from archfront.errors import ArchfrontError
 
@@ -34,6 +34,7 @@ for command in (
     keeping.export,
     keeping.report,
     keeping.gc,
+    profiling.profile,
     catalog.spaces,
     catalog.evaluators,
     catalog.strategies,

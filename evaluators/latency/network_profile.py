@@ -1,0 +1,73 @@
+"""Makes a network predictor for a space: traces it, profiles its operators, and calibrates on whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint
+from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
+from archfront.evaluators.latency.predictors.network import NetworkLatency
+from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
+from archfront.evaluators.latency.space_traces import traced_genotypes
+from archfront.plugins import Plugin
+from archfront.spaces.space import Space
+
+SAMPLES = 200
+NETWORKS = 24
+PROCESSES = 2
+_TIMEOUT_S = 600.0
+
+
+def network_latency(
+    space: Space,
+    device: Fingerprint,
+    place: str = LOCAL_CPU,
+    batch: int = 1,
+    plugins: Sequence[Plugin] = (),
+    *,
+    samples: int = SAMPLES,
+    networks: int = NETWORKS,
+    operator_settings: Settings = OPERATOR_SETTINGS,
+    network_settings: Settings | None = None,
+) -> NetworkLatency:
+    """A predictor of the space's networks on a device, from measurements in fresh processes.
+
+    Args:
+        space: of torch models.
+        device: the fingerprint of ``place``, whose threads are used.
+        place: ``local-cpu`` or ``cuda:<number>``.
+        batch: images a pass.
+        plugins: files that may hold the space.
+        samples: genotypes that are traced to learn which operators the space has.
+        networks: whole ones that the correction is fitted to.
+        operator_settings, network_settings: how long to measure.
+
+    Raises:
+        MeasurementError: a process failed, or a network of the space cannot run.
+    """
+    genotypes = space.to_json(space.sample_spread(np.random.default_rng(0), max(samples, networks)))
+    claimed = "cpu" if place == LOCAL_CPU else place
+    traces = list(traced_genotypes(space, genotypes, batch=batch, device=claimed))
+    empty = Profile(device=device.to_json(), threads=device.threads)
+    operators = [operator for found in traces for operator in found.operators]
+    profile = profile_operators(operators, empty, settings=operator_settings, timeout_s=_TIMEOUT_S)
+    chosen = np.unique(np.linspace(0, len(genotypes) - 1, networks).round().astype(int)).tolist()
+    times = []
+    for _ in range(PROCESSES):
+        timings, _ = measured_elsewhere(
+            {"name": space.name, **space.config},
+            [{"genotype": genotypes[i], "batch": batch} for i in chosen],
+            threads=device.threads,
+            settings=network_settings,
+            timeout_s=_TIMEOUT_S,
+            plugins=plugins,
+            device=place,
+        )
+        for i, timing in zip(chosen, timings, strict=True):
+            if timing.error is not None:
+                raise MeasurementError(f"{genotypes[i]} cannot be measured: {timing.error}")
+        times.append([timing.median_ms for timing in timings])
+    # Load only ever adds: the least of the processes' medians is the truest.
+    return NetworkLatency(profile).fit([traces[i] for i in chosen], np.array(times).min(axis=0))
