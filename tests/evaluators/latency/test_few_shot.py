@@ -151,6 +151,8 @@ def test_more_is_chosen_in_the_light_of_what_was_measured() -> None:
     assert not set(first) & set(second)
     both = np.concatenate([first, second])
     assert rank(predictor, ms, both) > 0.98
+    with pytest.raises(InputError, match="count: 8 is not between 1 and the 5 available"):
+        predictor.fit(first, ms[first]).choose(8, np.random.default_rng(0), np.arange(5).tolist() + first.tolist())
     everything = FewShotTransfer(structure, known).choose(N, np.random.default_rng(0))
     assert sorted(everything) == list(range(N))
 
@@ -245,15 +247,13 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("space", ["cells", "chains"])
 def test_the_goals_on_helps_test_devices(tables: Any, space: str) -> None:
-    """Ten chosen samples, ten draws; below HELP's figures a new device would be better served by theirs."""
+    """Ten chosen samples; four draws here, ten in the benchmark."""
     table = getattr(tables, space)(tables.data_folder())
     ranks = []
     for target in table.test:
-        predictor = tables.transfer(table, table.train)
         ms = table.ms[target]
-        for seed in range(10):
-            # A fresh one for each draw, since it remembers what was measured.
-            fresh = predictor if seed == 0 else tables.transfer(table, table.train)
-            rows = fresh.choose(10, np.random.default_rng(seed), np.flatnonzero(np.isfinite(ms)))
-            ranks.append(rank(fresh, ms, rows))
+        for seed in range(4):
+            predictor = tables.transfer(table, table.train)
+            rows = predictor.choose(10, np.random.default_rng(seed), np.flatnonzero(np.isfinite(ms)))
+            ranks.append(rank(predictor, ms, rows))
     assert np.mean(ranks) >= table.goal
