@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import InputError
+from archfront.evaluators.latency.chains import chain_sums, population_sums
 from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
 from archfront.plugins import Plugin
-from archfront.spaces.blocks import NO_BLOCK, BlockSpace
+from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.space import Population
 
 FORMAT = "archfront-latency-table-1"
@@ -79,7 +80,7 @@ class LatencyTable:
         if space.digest != self.space:
             raise InputError("latency.table", self.space, "is of another space", f"Make one for {space.digest}.")
         descriptors = [spec.descriptor for spec in space.block_catalogue()]
-        sums = chain_sums(np.array([self.blocks[d] for d in descriptors]), space.block_indices(population))
+        sums = population_sums(space, np.array([self.blocks[d] for d in descriptors]), population)
         fit = self.correction
         latency = fit.intercept_ms + fit.slope * sums
         return latency, fit.relative_std * latency
@@ -125,12 +126,6 @@ class LatencyTable:
             raise InputError(
                 "latency.table", sorted(data), f"is not a latency table ({error!r})", "Make it again."
             ) from None
-
-
-def chain_sums(values: npt.NDArray[np.float64], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """``(n,)`` sums of the values of each row's blocks; ``NO_BLOCK`` counts 0."""
-    sums: npt.NDArray[np.float64] = np.where(indices == NO_BLOCK, 0.0, values[indices]).sum(axis=1)
-    return sums
 
 
 def make_table(

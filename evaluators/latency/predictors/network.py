@@ -83,6 +83,11 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
 
     @property
+    def weights(self) -> Vector:
+        """``(5,)`` of the terms."""
+        return self._weights
+
+    @property
     def correction(self) -> dict[str, float]:
         """ms for each unit of each term."""
         return dict(zip(TERMS, self._weights.tolist(), strict=True))

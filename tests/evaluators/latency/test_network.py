@@ -19,6 +19,7 @@ from archfront.evaluators.latency.measurement import Settings
 from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
+from archfront.evaluators.latency.predictors.populations import BlockTerms
 from archfront.evaluators.latency.profile import Profile, ProfileProgress, profile_operators
 from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.evaluators.latency.tracing import Trace, trace
@@ -179,3 +180,17 @@ def test_the_evaluator_prices_a_space_by_its_operators() -> None:
     [traced] = traced_genotypes(SPACE, genotypes[1:])
     assert found.value == made.predict([traced]).ms[0]
     assert found.device == fingerprint(1).digest
+
+
+@pytest.mark.parametrize("layers", [3, 12])
+def test_a_population_at_once_is_what_its_networks_are_one_by_one(layers: int) -> None:
+    space = SPACES.build({"name": "fbnet-tiny", "resolution": 16, "layers": layers}, "space")
+    population = space.sample(np.random.default_rng(3), 30)
+    traces = list(traced_genotypes(space, space.to_json(population)))
+    profile = made_up(traces[:20])  # some operators of the last ones are left to the trees
+    predictor = NetworkLatency(profile).fit(traces[:20], true_ms(profile, traces[:20]))
+    blocks = BlockTerms(space, predictor)  # type: ignore[arg-type]
+    assert np.allclose(blocks.terms(population), predictor.terms(traces), rtol=1e-9)
+    assert np.allclose(blocks.ms(population), predictor.predict(traces).ms, rtol=1e-9)
+    many = population[np.random.default_rng(0).integers(30, size=5000)]
+    assert np.array_equal(blocks.ms(many)[:2048], blocks.ms(many[:2048]))

@@ -1,0 +1,54 @@
+"""Whole populations of a space of blocks at once: every term of a network's latency is a sum over its blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from archfront.evaluators.latency.chains import chain_sums, population_sums
+from archfront.evaluators.latency.predictors.network import NetworkLatency
+from archfront.evaluators.latency.predictors.predictor import Vector
+from archfront.evaluators.latency.space_traces import traced_genotypes
+from archfront.evaluators.latency.tracing import trace
+from archfront.spaces.blocks import BlockSpace
+from archfront.spaces.space import Population
+
+
+class BlockTerms:
+    """The terms of each block of a space on the device of a predictor, priced once.
+
+    Args:
+        space: of blocks; its models are traced where ``predictor`` holds.
+        predictor: prices the blocks' operators, measured or by its trees.
+        batch: images a pass.
+        device: that the traces claim.
+    """
+
+    def __init__(self, space: BlockSpace, predictor: NetworkLatency, *, batch: int = 1, device: str = "cpu") -> None:
+        self._space = space
+        self._predictor = predictor
+        traces = []
+        for spec in space.block_catalogue():
+            with torch.device("meta"):
+                block = space.build_block(spec.descriptor)
+            traces.append(trace(block, spec.input_shape, batch=batch, device=device))
+        self._terms = predictor.terms(traces)
+        # What a network has around its blocks (containers, a pooling) is the same for all of them.
+        one = space.sample(np.random.default_rng(0), 1)
+        whole = predictor.terms(list(traced_genotypes(space, space.to_json(one), batch=batch, device=device)))  # type: ignore[arg-type]
+        self._around = whole[0] - _sums(self._terms, space.block_indices(one))[0]
+
+    def terms(self, population: Population) -> npt.NDArray[np.float64]:
+        """``(n, 5)``, as ``NetworkLatency.terms`` of the traced networks."""
+        return np.asarray(_sums(self._terms, self._space.block_indices(population)) + self._around)
+
+    def ms(self, population: Population) -> Vector:
+        """``(n,)`` latencies in ms, as ``NetworkLatency.predict`` of the traced networks."""
+        weights = self._predictor.weights
+        sums = population_sums(self._space, self._terms @ weights, population)
+        return np.asarray(sums + float(self._around @ weights))
+
+
+def _sums(terms: npt.NDArray[np.float64], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return np.stack([chain_sums(column, indices) for column in terms.T], axis=1)
