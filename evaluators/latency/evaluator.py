@@ -15,7 +15,7 @@ from archfront.evaluators.latency.measurement import MeasurementError, measured_
 from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.predictors.network import FORMAT as NETWORK_FORMAT
 from archfront.evaluators.latency.predictors.network import NetworkLatency
-from archfront.evaluators.latency.space_traces import traced_genotypes
+from archfront.evaluators.latency.predictors.populations import GenotypeLatency
 from archfront.evaluators.latency.table import FORMAT, LatencyTable, make_table
 from archfront.spaces.blocks import BlockSpace
 
@@ -76,7 +76,7 @@ class Latency(Evaluator):
         self.backend = backend
         self.batch_size = {"table": 4096, "operators": 64, "measure": 8}[mode]
         self._table: tuple[dict[str, Any], LatencyTable] | None = None
-        self._network: tuple[dict[str, Any], NetworkLatency] | None = None
+        self._network: tuple[dict[str, Any], GenotypeLatency] | None = None
 
     @property
     def metrics(self) -> Sequence[MetricSpec]:
@@ -140,23 +140,24 @@ class Latency(Evaluator):
         if not artifact:
             raise MeasurementError("The operators' profile is missing: prepare() has to run before evaluate().")
         if self._network is None or self._network[0] is not artifact:
-            self._network = (artifact, NetworkLatency.from_json(artifact))
-        predictor = self._network[1]
+            claimed = "cpu" if self.device == LOCAL_CPU else self.device
+            self._network = (
+                artifact,
+                GenotypeLatency(context.space, NetworkLatency.from_json(artifact), self.batch, claimed),
+            )
+        prices = self._network[1]
+        version = f"{prices.predictor.name}:{prices.predictor.digest[:8]}"
+        # Constraints count in standard deviations: of the normal distribution with the same interval.
+        share = prices.predictor.relative_width(_CONFIDENCE) / _DEVIATIONS
+        device = str(artifact["device"]["digest"])
         results: list[Evaluated | Exception] = []
-        for task in tasks:
-            try:
-                claimed = "cpu" if self.device == LOCAL_CPU else self.device
-                traces = list(traced_genotypes(context.space, [task.genotype], batch=self.batch, device=claimed))
-                found = predictor.predict(traces, _CONFIDENCE)
-            except Exception as error:
-                results.append(error)
+        for found in prices.of([task.genotype for task in tasks]):
+            if isinstance(found, Exception):
+                results.append(found)
                 continue
-            # Constraints count in standard deviations: of the normal distribution with the same interval.
-            std = float(found.high_ms[0] - found.ms[0]) / _DEVIATIONS
-            guessed = "+trees" if found.extrapolated[0] else ""
-            version = f"{predictor.name}:{predictor.digest[:8]}{guessed}"
-            device = str(artifact["device"]["digest"])
-            metric = Metric(float(found.ms[0]), "predicted", std if math.isfinite(std) else None, version, device)
+            ms, guessed = found
+            std = share * ms if math.isfinite(share) else None
+            metric = Metric(ms, "predicted", std, version + ("+trees" if guessed else ""), device)
             results.append(Evaluated({"latency_ms": metric}))
         return results
 

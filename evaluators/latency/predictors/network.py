@@ -66,10 +66,13 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
     def predict(self, networks: Sequence[Trace], confidence: float = 0.9) -> Prediction:
         check_confidence(confidence)
         ms = self.terms(networks) @ self._weights
-        width = conformal_quantile(self._scores, confidence) if len(self._scores) else np.inf
-        low, high = split_interval(ms, width)
+        low, high = split_interval(ms, self.relative_width(confidence))
         notes = tuple(self._extrapolated(network) for network in networks)
         return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence, extrapolated=notes)
+
+    def relative_width(self, confidence: float) -> float:
+        """Half of the interval as a share of the prediction; infinite without enough calibration networks."""
+        return conformal_quantile(self._scores, confidence) if len(self._scores) else float("inf")
 
     def terms(self, networks: Sequence[Trace]) -> npt.NDArray[np.float64]:
         """``(n, 5)``, what a latency is a combination of; see ``TERMS``."""

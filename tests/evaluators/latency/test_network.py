@@ -19,7 +19,7 @@ from archfront.evaluators.latency.measurement import Settings
 from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
-from archfront.evaluators.latency.predictors.populations import BlockTerms
+from archfront.evaluators.latency.predictors.populations import BlockTerms, GenotypeLatency
 from archfront.evaluators.latency.profile import Profile, ProfileProgress, profile_operators
 from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.evaluators.latency.tracing import Trace, trace
@@ -163,7 +163,7 @@ def test_devices_that_are_not_there_are_named() -> None:
 
 def test_the_evaluator_prices_a_space_by_its_operators() -> None:
     made = network_latency(
-        SPACE, fingerprint(1), samples=12, networks=8, operator_settings=QUICK, network_settings=QUICK
+        SPACE, fingerprint(1), samples=12, networks=12, operator_settings=QUICK, network_settings=QUICK
     )
     evaluator = Latency(mode="operators")
     artifact = {**made.to_json(), "device": fingerprint(1).to_json()}
@@ -178,8 +178,33 @@ def test_the_evaluator_prices_a_space_by_its_operators() -> None:
     assert found.provenance == "predicted"
     assert str(found.predictor).startswith(f"operators:{made.digest[:8]}")
     [traced] = traced_genotypes(SPACE, genotypes[1:])
-    assert found.value == made.predict([traced]).ms[0]
+    assert found.value == pytest.approx(made.predict([traced]).ms[0], rel=1e-9)
+    assert found.std == pytest.approx(made.relative_width(0.9) * found.value / 1.6449)
     assert found.device == fingerprint(1).digest
+
+
+class Plain:
+    """A space that says nothing of blocks."""
+
+    name, resolution, in_channels = "plain", 8, 1
+
+    def build(self, genotype: list[str]) -> nn.Module:
+        return SPACE.build(genotype)
+
+
+def test_a_space_without_blocks_is_traced_genotype_by_genotype() -> None:
+    genotypes = SPACE.to_json(SPACE.sample(np.random.default_rng(0), 12))
+    traces = list(traced_genotypes(SPACE, genotypes))
+    profile = made_up(traces)
+    predictor = NetworkLatency(profile).fit(traces, true_ms(profile, traces))
+    whole = GenotypeLatency(SPACE, predictor).of(genotypes)
+    one_by_one = GenotypeLatency(Plain(), predictor).of([*genotypes, ["nonsense"]])  # type: ignore[arg-type]
+    assert isinstance(one_by_one.pop(), Exception)
+    for first, second in zip(whole, one_by_one, strict=True):
+        assert not isinstance(first, Exception)
+        assert not isinstance(second, Exception)
+        assert first[0] == pytest.approx(second[0], rel=1e-9)
+        assert first[1] is second[1] is False
 
 
 @pytest.mark.parametrize("layers", [3, 12])
