@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -47,6 +47,15 @@ bench-million: venv
 
 bench-scale: venv
 	$(BIN)/python benchmarks/scale.py
+
+# Needs a machine with nothing else to do.
+bench-latency: venv
+	$(BIN)/python benchmarks/prediction_speed.py
+	$(BIN)/python benchmarks/latency.py
+
+# Needs the public tables: ARCHFRONT_DATA.
+bench-few-shot: venv
+	$(BIN)/python benchmarks/few_shot.py
 
 # The kill-anything suite again, with its figures kept.
 bench-faults: venv

@@ -1,9 +1,9 @@
 """Latency on this processor, predicted from operators: against careful measurement, multiply-adds and parameters.
 
 100 random networks of the FBNet-tiny space and 40 models of timm at batch 1, one thread. Their operators are profiled;
-the correction from sums to networks is fitted to other networks of both kinds; then all are measured in fresh
-processes, and compared. "trees" prices every operator of the test networks by trees that saw none of timm's test
-models: what a prediction is worth where the table lacks everything.
+the correction from sums to networks is fitted to other networks, of the space for the space and of timm for timm, as a
+job does; then all are measured in fresh processes, and compared. "Trees for the rest" is the same with a profile that
+holds the operators of those other networks alone.
 
     python benchmarks/latency.py [--quick] [--threads 1]
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ TEST_MODELS = (
     "gmlp_ti16_224", "xcit_nano_12_p16_224", "levit_128s", "tinynet_a", "lcnet_100", "semnasnet_100", "rexnet_100",
     "selecsls42b",
 )  # fmt: skip
-CALIBRATION_MODELS = (
+OTHER_MODELS = (
     "resnet34", "resnext50_32x4d", "mobilenetv2_050", "efficientnet_lite0", "mnasnet_small", "regnetx_004",
     "regnety_002", "convnext_pico", "vit_tiny_r_s16_p8_224", "deit_small_patch16_224", "mixer_s16_224", "pvt_v2_b1",
     "poolformerv2_s12", "mobilevit_xs", "ghostnet_050", "repvgg_b0", "hardcorenas_a", "tinynet_c", "lcnet_050",
     "edgenext_x_small",
 )  # fmt: skip
+QUICK_MODELS = ("mobilenetv3_small_050", "tinynet_e", "lcnet_035", "mnasnet_small", "mobilenetv2_035", "regnetx_002",
+                "lcnet_100", "tinynet_d")  # fmt: skip
 CONFIDENCE = 0.9
 
 
@@ -71,7 +73,9 @@ def measure_all(items: Sequence[dict[str, Any]], threads: int, settings: Setting
     times = np.full((processes, len(items)), np.nan)
     small = [i for i, item in enumerate(items) if "genotype" in item]
     large = [i for i, item in enumerate(items) if "model" in item]
-    chunks = [small[i : i + 60] for i in range(0, len(small), 60)] + [large[i : i + 6] for i in range(0, len(large), 6)]
+    # A process shifts all its figures alike, so what is fitted and what is tested is measured together.
+    count = max(1, len(large) // 8)
+    chunks = [small, *(large[i::count] for i in range(count))]
     for process in range(processes):
         for chunk in chunks:
             timings, _ = measured_elsewhere(
@@ -84,21 +88,45 @@ def measure_all(items: Sequence[dict[str, Any]], threads: int, settings: Setting
     return times.min(axis=0)
 
 
-def scores(name: str, predicted: np.ndarray, measured: np.ndarray, inside: np.ndarray | None, tiny: int) -> list[Any]:
-    error = np.abs(predicted / measured - 1)
-    parts: list[Any] = [name]
-    for part in (slice(None), slice(0, tiny), slice(tiny, None)):
-        parts += [float(spearmanr(predicted[part], measured[part])[0]), float(np.median(error[part]))]
-    return [*parts, None if inside is None else float(inside.mean())]
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Networks of one kind: those to predict, and others that the correction is fitted to."""
+
+    tests: Sequence[Trace]
+    test_ms: np.ndarray
+    others: Sequence[Trace]
+    other_ms: np.ndarray
 
 
-def scaled(
-    count: Callable[[Trace], float], calibration: Sequence[Trace], ms: np.ndarray, tests: Sequence[Trace]
-) -> np.ndarray:
-    """A count as a predictor: a line with the least squared relative errors on the calibration networks."""
-    design = np.array([[1.0, count(t)] for t in calibration]) / ms[:, None]
-    weights = np.linalg.lstsq(design, np.ones(len(ms)), rcond=None)[0]
-    return np.maximum(np.array([[1.0, count(t)] for t in tests]) @ weights, 1e-3)
+Fitted = Callable[[Part], Any]
+
+
+def operators_of(profile: Profile) -> Fitted:
+    return lambda part: NetworkLatency(profile).fit(part.others, part.other_ms).predict(part.tests, CONFIDENCE)
+
+
+def counted(count: Callable[[Trace], float]) -> Fitted:
+    """A count as a predictor: a line with the least squared relative errors on the other networks."""
+
+    def fitted(part: Part) -> np.ndarray:
+        design = np.array([[1.0, count(t)] for t in part.others]) / part.other_ms[:, None]
+        weights = np.linalg.lstsq(design, np.ones(len(part.other_ms)), rcond=None)[0]
+        return np.maximum(np.array([[1.0, count(t)] for t in part.tests]) @ weights, 1e-3)
+
+    return fitted
+
+
+def scores(name: str, parts: Sequence[Part], predictions: Sequence[Any]) -> list[Any]:
+    """Spearman and median error of all and of each part, and how many lie inside of their intervals."""
+    measured = [part.test_ms for part in parts]
+    predicted = [getattr(p, "ms", p) for p in predictions]
+    row: list[Any] = [name]
+    for one, other in [(np.concatenate(predicted), np.concatenate(measured)), *zip(predicted, measured, strict=True)]:
+        row += [float(spearmanr(one, other)[0]), float(np.median(np.abs(one / other - 1)))]
+    for_all = [
+        (p.low_ms <= m) & (m <= p.high_ms) for p, m in zip(predictions, measured, strict=True) if hasattr(p, "ms")
+    ]
+    return [*row, float(np.concatenate(for_all).mean()) if for_all else None]
 
 
 def main() -> None:
@@ -109,73 +137,73 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     facts, console = machine(), Console()
-    tiny, models, calibration_models = (100, TEST_MODELS, CALIBRATION_MODELS)
+    tiny, spread, models, other_models = 100, 24, TEST_MODELS, OTHER_MODELS
+    settings = Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     if options.quick:
-        tiny, models, calibration_models = 4, ("lcnet_050",), ("mobilenetv3_small_050", "tinynet_e")
+        tiny, spread, models, other_models = 4, 8, ("lcnet_050", "lcnet_075"), QUICK_MODELS
+        settings = Settings(rounds=5, sample_ms=1.0)
     space = SPACES.build(SPACE, "space")
     assert isinstance(space, FBNet)
     tests = space.to_json(space.sample(np.random.default_rng(0), tiny))
-    others = space.to_json(space.sample_spread(np.random.default_rng(1), 4 if options.quick else 20))
-    test_traces = traces_of(space, tests, models)
-    fit_traces = traces_of(space, others, calibration_models)
+    others = space.to_json(space.sample_spread(np.random.default_rng(1), spread))
+    small, large = traces_of(space, [*tests, *others], []), traces_of(space, [], [*models, *other_models])
     start = time.perf_counter()
-    empty = Profile(device=fingerprint(options.threads).to_json(), threads=options.threads)
-    operators = [o for t in (*fit_traces, *test_traces) for o in t.operators]
     profile = profile_operators(
-        operators,
-        empty,
+        [o for t in (*small, *large) for o in t.operators],
+        Profile(device=fingerprint(options.threads).to_json(), threads=options.threads),
         observe=lambda p: console.print(f"profiled {p.done:,} of {p.total:,} operators", highlight=False),
     )
     profile_s = time.perf_counter() - start
-    quick = Settings(rounds=5, sample_ms=1.0) if options.quick else Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     start = time.perf_counter()
-    items = [{"genotype": g} for g in (*tests, *others)] + [
-        {"model": f"timm:{m}"} for m in (*models, *calibration_models)
-    ]
-    times = measure_all(items, options.threads, quick, options.processes)
-    measured = np.concatenate([times[:tiny], times[tiny + len(others) : tiny + len(others) + len(models)]])
-    fit_ms = np.concatenate([times[tiny : tiny + len(others)], times[tiny + len(others) + len(models) :]])
+    items = [{"genotype": g} for g in (*tests, *others)] + [{"model": f"timm:{m}"} for m in (*models, *other_models)]
+    times = measure_all(items, options.threads, settings, options.processes)
     measure_s = time.perf_counter() - start
 
-    predictor = NetworkLatency(profile).fit(fit_traces, fit_ms)
-    table = predictor.predict(test_traces, CONFIDENCE)
-    # Trees that saw only the operators of the calibration networks.
-    seen = {o.call for t in fit_traces for o in t.operators}
-    less = replace(profile, ms={c: v for c, v in profile.ms.items() if c in seen})
-    trees = NetworkLatency(less).fit(fit_traces, fit_ms).predict(test_traces, CONFIDENCE)
-    sums = predictor.terms(test_traces)[:, 0]
-    rows = [
-        scores("operators: table and correction", table.ms, measured, inside(table, measured), tiny),
-        scores("operators of other networks, trees for the rest", trees.ms, measured, inside(trees, measured), tiny),
-        scores("plain sum of the table", sums, measured, None, tiny),
-        scores("multiply-adds", scaled(lambda t: t.macs, fit_traces, fit_ms, test_traces), measured, None, tiny),
-        scores("parameters", scaled(lambda t: t.params, fit_traces, fit_ms, test_traces), measured, None, tiny),
+    small_ms, large_ms = times[: len(small)], times[len(small) :]
+    parts = [
+        Part(tests=traces[:count], test_ms=ms[:count], others=traces[count:], other_ms=ms[count:])
+        for traces, ms, count in ((small, small_ms, tiny), (large, large_ms, len(models)))
     ]
-    titles = ["predictor", "Spearman, all", "median error", "Spearman, FBNet-tiny", "median error", "Spearman, timm",
-              "median error", "inside 90 % interval"]  # fmt: skip
+    seen = {o.call for part in parts for t in part.others for o in t.operators}
+    less = replace(profile, ms={c: v for c, v in profile.ms.items() if c in seen})
+    plain = [NetworkLatency(profile).terms(part.tests)[:, 0] for part in parts]
+    predictors: list[tuple[str, Fitted]] = [
+        ("operators: table and correction", operators_of(profile)),
+        ("operators of the other networks, trees for the rest", operators_of(less)),
+        ("multiply-adds", counted(lambda t: t.macs)),
+        ("parameters", counted(lambda t: t.params)),
+    ]
+    found = {name: [fitted(part) for part in parts] for name, fitted in predictors}
+    rows = [scores(name, parts, predictions) for name, predictions in found.items()]
+    rows.insert(2, scores("plain sum of the table", parts, plain))
+    titles = ["predictor", "Spearman, all", "median error, all", "Spearman, FBNet-tiny", "median error, FBNet-tiny",
+              "Spearman, timm", "median error, timm", "inside 90 % interval"]  # fmt: skip
     show(f"{tiny} FBNet-tiny networks and {len(models)} of timm, batch 1, {options.threads} thread(s)", titles, rows)
-    unseen = [o for t in test_traces for o in t.operators if o.call not in seen and o.call in profile.ms]
+    unseen = [
+        o for part in parts for t in part.tests for o in t.operators if o.call not in seen and o.call in profile.ms
+    ]
     unique = list({o.call: o for o in unseen}.values())
     guessed = OperatorPrices(less).guess(unique) / np.array([profile.ms[o.call] for o in unique]) - 1
     console.print(
         f"{len(profile.ms):,} operators profiled in {profile_s:.0f} s; networks measured in {measure_s:.0f} s"
     )
     console.print(f"trees on {len(unique):,} operators they never saw: median error {np.median(np.abs(guessed)):.1%}")
-    console.print(f"correction: {predictor.correction}")
     names = [*(f"fbnet-tiny {i}" for i in range(tiny)), *models]
+    table = found["operators: table and correction"]
+    columns = [np.concatenate([getattr(p, field) for p in table]) for field in ("ms", "low_ms", "high_ms")]
+    measured = np.concatenate([part.test_ms for part in parts])
     networks = [
-        {"name": n, "measured_ms": float(m), "predicted_ms": float(p), "low_ms": float(a), "high_ms": float(b)}
-        for n, m, p, a, b in zip(names, measured, table.ms, table.low_ms, table.high_ms, strict=True)
+        dict(zip(("name", "measured_ms", "predicted_ms", "low_ms", "high_ms"), row, strict=True))
+        for row in zip(names, measured.tolist(), *(column.tolist() for column in columns), strict=True)
     ]
     write_json(
-        options.json, facts, rows=[dict(zip(titles, row, strict=False)) for row in rows], networks=networks,
+        options.json, facts, rows=[dict(zip(titles, row, strict=True)) for row in rows], networks=networks,
         profile={"operators": len(profile.ms), "failed": dict(profile.failed), "seconds": profile_s},
-        correction=predictor.correction, trees_median_error=float(np.median(np.abs(guessed))),
+        measured_s=measure_s, trees_median_error=float(np.median(np.abs(guessed))),
+        terms={"others": [NetworkLatency(profile).terms(part.others).tolist() for part in parts],
+               "others_ms": [part.other_ms.tolist() for part in parts],
+               "tests": [NetworkLatency(profile).terms(part.tests).tolist() for part in parts]},
     )  # fmt: skip
-
-
-def inside(prediction: Any, measured: np.ndarray) -> np.ndarray:
-    return (prediction.low_ms <= measured) & (measured <= prediction.high_ms)
 
 
 if __name__ == "__main__":

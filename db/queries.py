@@ -246,9 +246,11 @@ def _stored_front(connection: Connection, job_id: int, fidelity: Fidelity, seq: 
 
 
 def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str, str]]) -> list[int]:
+    if not len(columns):
+        return []  # which metrics there will be is not known yet
     objectives = own if query.objectives is None else query.objectives
     for name, _ in objectives:
-        if len(columns) and name not in columns.metrics:
+        if name not in columns.metrics:
             raise InputError("--objectives", name, "is no metric of this job", suggestion(name, columns.metrics))
     keep = (columns["done"] == 1) & (columns["violation"] == 0)
     if query.seq is not None:

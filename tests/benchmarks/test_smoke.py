@@ -1,6 +1,7 @@
 """Each benchmark runs to its end on a tiny size and writes its figures. How fast anything is, is not tested."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,25 @@ def test_scale(tmp_path: Path) -> None:
         assert rows[100, 60.0]["inferred"]
     assert [row["workers"] for row in found["pool"]] == [10, 100]
     assert png.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_latency(tmp_path: Path) -> None:
+    found = quick("latency.py", tmp_path)
+    assert len(found["rows"]) == 5
+    assert found["profile"]["operators"] > 100
+    for network in found["networks"]:
+        assert 0 < network["low_ms"] <= network["predicted_ms"] <= network["high_ms"]
+        assert network["measured_ms"] > 0
+
+
+@pytest.mark.slow
+def test_prediction_speed(tmp_path: Path) -> None:
+    assert all(row["per_second"] > 0 for row in quick("prediction_speed.py", tmp_path)["rows"])
+
+
+@pytest.mark.slow
+def test_few_shot(tmp_path: Path) -> None:
+    if not os.environ.get("ARCHFRONT_DATA"):
+        pytest.skip("needs the public latency tables: set ARCHFRONT_DATA")
+    assert quick("few_shot.py", tmp_path)

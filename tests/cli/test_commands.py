@@ -346,3 +346,20 @@ def test_cancelling_a_killed_job_leaves_nothing_written_ahead(archfront: Command
     states = json.loads(archfront("status", "--json")[1])["evaluations"]
     assert states["running"] == 0
     assert states["cancelled"] > 0
+
+
+def test_a_front_under_a_condition_is_empty_before_the_first_result(
+    archfront: Command, tmp_path: Path, plugin: Path
+) -> None:
+    code, _, err = archfront("submit", job_file(tmp_path), "--plugin", str(plugin))
+    assert code == 0, err
+    code, out, err = archfront("front", "last", "--where", "gain > 1", "--json")
+    assert code == 0, err
+    assert json.loads(out) == []
+
+
+def test_an_import_from_nowhere_makes_no_ledger(archfront: Command, tmp_path: Path) -> None:
+    code, _, err = archfront("import", "optuna", str(tmp_path / "missing.log"), "study")
+    assert code == 2
+    assert "STORAGE" in err
+    assert not (tmp_path / "archfront.db").exists()

@@ -28,8 +28,9 @@ def optuna(
 ) -> None:
     """Enter an Optuna study as a job: its trials, their values, attributes and constraints."""
     from archfront.db.ledger import Ledger
-    from archfront.interchange.optuna_import import import_study
+    from archfront.interchange.optuna_import import find_study, import_study
 
+    find_study(storage, study)  # before a ledger is made for nothing
     imported = import_study(Ledger.open(db), storage, study, name)
     if json:
         print_json({"id": imported.job_id, "name": imported.name, "evaluations": imported.endings})

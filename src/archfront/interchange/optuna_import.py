@@ -52,12 +52,8 @@ def import_study(ledger: Ledger, storage: str, study_name: str, name: str | None
         InputError: no such storage or study, nothing that can be a job, or it was imported under this name before.
             Nothing was stored.
     """
+    study, place = find_study(storage, study_name)
     with quiet():
-        opened, place = open_storage(storage, "STORAGE", create=False)
-        known = study_names(opened)
-        if study_name not in known:
-            raise InputError("STUDY", study_name, "is no study of this storage", suggestion(study_name, known))
-        study = optuna.load_study(study_name=study_name, storage=opened)
         trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
         objectives = _objectives(study)
     job_name = study_name if name is None else name
@@ -79,6 +75,20 @@ def import_study(ledger: Ledger, storage: str, study_name: str, name: str | None
             for ending in made:
                 endings["cancelled" if ending.cancelled else "done" if ending.error is None else "failed"] += 1
     return Imported(job_id=recorder.job_id, name=job_name, endings=endings)
+
+
+def find_study(storage: str, study_name: str) -> tuple[optuna.Study, str]:
+    """A study, and its storage in words that hold no password.
+
+    Raises:
+        InputError: no such storage or study.
+    """
+    with quiet():
+        opened, place = open_storage(storage, "STORAGE", create=False)
+        known = study_names(opened)
+        if study_name not in known:
+            raise InputError("STUDY", study_name, "is no study of this storage", suggestion(study_name, known))
+        return optuna.load_study(study_name=study_name, storage=opened), place
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from archfront.client import Front, Job
 from archfront.db.columns import Columns, load_columns
-from archfront.db.dominance import hypervolume
+from archfront.db.dominance import hypervolume, nondominated
 from archfront.db.queries import evaluation_rows, front_history
 from archfront.db.walking import snapshot
 
@@ -66,6 +66,24 @@ class Facts:
     correlations: list[Correlation]
     finalists: list[Finalist]
     candidates: int
+
+
+def measured_front(finalists: list[Finalist], objectives: list[tuple[str, str]], batch: int) -> set[int]:
+    """Evaluations of the finalists that none of the others dominates once their latencies are the measured ones.
+
+    Empty where latency is no objective, or a finalist's was not measured.
+    """
+    if "latency_ms" not in [name for name, _ in objectives]:
+        return set()
+    points = []
+    for finalist in finalists:
+        timing = finalist.measured("eager", batch)
+        if timing is None:
+            return set()
+        metrics = {**finalist.row["metrics"], "latency_ms": timing["median_ms"]}
+        points.append([-metrics[name] if direction == "max" else metrics[name] for name, direction in objectives])
+    kept = nondominated(np.array(points, dtype=np.float64).reshape(len(points), -1))
+    return {finalists[i].row["evaluation"] for i in np.arange(len(finalists))[kept]}
 
 
 def gather(job: Job) -> Facts:

@@ -60,3 +60,30 @@ def latency_figure(finalists: list[Finalist], batch: int) -> Any:
     figure.update_xaxes(title="predicted latency_ms", range=[0, top])
     figure.update_yaxes(title=f"measured (eager, batch {batch})", range=[0, top])
     return figure
+
+
+def fronts_figure(finalists: list[Finalist], objective: str, stay: set[int], batch: int) -> Any:
+    """The finalists on the predicted front and where measurement puts them; hollow where another now dominates."""
+    figure = go.Figure(layout=_LAYOUT)
+    rows = [(f, f.predicted_ms, f.measured("eager", batch)) for f in finalists]
+    known = [(f, predicted, timing) for f, predicted, timing in rows if predicted is not None and timing is not None]
+    for f, predicted, timing in known:
+        figure.add_scatter(
+            x=[predicted, timing["median_ms"]], y=[f.row["metrics"][objective]] * 2, mode="lines",
+            line={"color": "#9aa0a6", "width": 1.5}, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    values = [f.row["metrics"][objective] for f, _, _ in known]
+    names = [f.row["key"][:8] for f, _, _ in known]
+    figure.add_scatter(
+        x=[predicted for _, predicted, _ in known], y=values, mode="markers", name="predicted", text=names,
+        marker={"color": FRONT_COLOUR, "size": 9}, hovertemplate="%{text}: predicted %{x:.3f} ms<extra></extra>",
+    )  # fmt: skip
+    symbols = ["circle" if f.row["evaluation"] in stay else "circle-open" for f, _, _ in known]
+    figure.add_scatter(
+        x=[timing["median_ms"] for _, _, timing in known], y=values, mode="markers", name="measured", text=names,
+        marker={"color": ACCENT, "size": 11, "symbol": symbols},
+        hovertemplate="%{text}: measured %{x:.3f} ms<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title=f"latency_ms (eager, batch {batch})", rangemode="tozero")
+    figure.update_yaxes(title=objective)
+    return figure

@@ -18,8 +18,8 @@ from archfront.errors import InputError
 from archfront.export import space_of
 from archfront.plots import front_figure
 from archfront.report.drawing import draw
-from archfront.report.facts import Facts, Finalist, gather
-from archfront.report.figures import correlation_figure, history_figure, latency_figure
+from archfront.report.facts import Facts, Finalist, gather, measured_front
+from archfront.report.figures import correlation_figure, fronts_figure, history_figure, latency_figure
 
 
 def write_report(job: Job, to: Path) -> None:
@@ -58,7 +58,7 @@ def _content(facts: Facts) -> dict[str, Any]:
         "front": _html(front_figure(facts.front, job)),
         "history": _html(history_figure(facts)) if len(facts.history) > 1 else None,
         "correlations": [(c, _html(correlation_figure(c))) for c in facts.correlations],
-        "latency": _latency(facts.finalists, job),
+        "latency": _latency(facts, job),
         "columns": [(backend, batch) for backend in plan["backends"] for batch in batches],
         "drawings": [(f, draw(space.describe(f.row["genotype"]))) for f in facts.finalists],
         "spec": yaml.safe_dump(job.spec, sort_keys=False, width=110),
@@ -85,8 +85,9 @@ def _tiles(facts: Facts, status: dict[str, Any]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _latency(finalists: list[Finalist], job: Job) -> dict[str, Any] | None:
-    """How far prediction and measurement differ, at the batch size that was predicted."""
+def _latency(facts: Facts, job: Job) -> dict[str, Any] | None:
+    """How far prediction and measurement differ at the batch size that was predicted, and both fronts."""
+    finalists = facts.finalists
     batch = next((e.get("batch", 1) for e in job.spec["evaluators"] if e["name"] == "latency"), None)
     if batch is None:
         return None
@@ -97,6 +98,9 @@ def _latency(finalists: list[Finalist], job: Job) -> dict[str, Any] | None:
     ]
     if not pairs:
         return None
+    objectives = facts.front.objectives
+    stay = measured_front(finalists, objectives, batch)
+    other = next((name for name, _ in objectives if name != "latency_ms"), None)
     errors = [100 * (predicted / measured - 1) for predicted, measured in pairs]
     return {
         "figure": _html(latency_figure(finalists, batch)),
@@ -104,6 +108,8 @@ def _latency(finalists: list[Finalist], job: Job) -> dict[str, Any] | None:
         "largest": max(errors, key=abs),
         "batch": batch,
         "count": len(pairs),
+        "stay": stay,
+        "fronts": _html(fronts_figure(finalists, other, stay, batch)) if stay and other else None,
     }
 
 
