@@ -144,7 +144,7 @@ def _measure(
         ((n, e.threads) for n, e in job.evaluators if isinstance(e, Latency)), (job.evaluators[0][0], 1)
     )
     for backend in plan.backends:
-        rows = finalists if backend == "eager" or plan.compiled is None else finalists[: plan.compiled]
+        rows = finalists if backend != "compile" or plan.compiled is None else finalists[: plan.compiled]
         for batch in plan.batches:
             settings = {"backend": backend, "batch": batch, "threads": threads}
             missing = [row for row in rows if not _is_there(ledger, job_id, row, "latency", settings)]

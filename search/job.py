@@ -86,7 +86,7 @@ class Finalists(_Section):
     """Front members that are trained longer and measured on the device at the end."""
 
     count: Annotated[int, Field(ge=0)] = 0
-    backends: list[Literal["eager", "compile"]] = ["eager"]
+    backends: list[Literal["eager", "compile", "onnx"]] = ["eager"]
     batches: list[Annotated[int, Field(ge=1)]] = [1]
     epochs: Annotated[int | None, Field(ge=1, description="epochs of the final training; none if not set")] = None
     compiled: Annotated[int | None, Field(ge=0, description="how many of them to compile; all if not set")] = None

@@ -34,7 +34,8 @@ class Latency(Evaluator):
         mode: ``table`` predicts from blocks measured once per device, in spaces of blocks; ``operators`` from traced
             operators measured once per device, in any space of torch models; ``measure`` measures each candidate in
             a fresh process, which takes seconds.
-        backend: ``eager``, ``compile`` (``torch.compile``) or ``cuda-graph``; ``operators`` knows ``eager`` alone.
+        backend: ``eager``, ``compile`` (``torch.compile``), ``onnx`` (ONNX Runtime on a processor, extra
+            ``archfront[onnx]``) or ``cuda-graph``; ``operators`` knows ``eager`` alone.
 
     Raises:
         InputError: an unknown device, mode or backend, or a number below 1.
@@ -50,7 +51,7 @@ class Latency(Evaluator):
         batch: int = 1,
         threads: int = 1,
         mode: Literal["table", "operators", "measure"] = "table",
-        backend: Literal["eager", "compile", "cuda-graph"] = "eager",
+        backend: Literal["eager", "compile", "onnx", "cuda-graph"] = "eager",
     ) -> None:
         # Whether a GPU is there is asked on the worker: the job may be read on a host that has none.
         if device != LOCAL_CPU and not re.fullmatch(r"cuda:\d+", device):
@@ -61,11 +62,14 @@ class Latency(Evaluator):
                 raise InputError(f"evaluators.latency.{field}", number, "is not positive", "Give 1 or more.")
         if mode not in ("table", "operators", "measure"):
             raise InputError("evaluators.latency.mode", mode, "is unknown", "Give 'table', 'operators' or 'measure'.")
-        if backend not in ("eager", "compile", "cuda-graph"):
-            remedy = "Give 'eager', 'compile' or 'cuda-graph'."
+        if backend not in ("eager", "compile", "onnx", "cuda-graph"):
+            remedy = "Give 'eager', 'compile', 'onnx' or 'cuda-graph'."
             raise InputError("evaluators.latency.backend", backend, "is unknown", remedy)
         if backend == "cuda-graph" and device == LOCAL_CPU:
             raise InputError("evaluators.latency.backend", backend, "needs a GPU", "Give device cuda:0, or 'eager'.")
+        if backend == "onnx" and device != LOCAL_CPU:
+            remedy = f"Give device {LOCAL_CPU}, or 'eager', 'compile' or 'cuda-graph'."
+            raise InputError("evaluators.latency.backend", backend, "measures processors alone", remedy)
         if mode == "operators" and backend != "eager":
             remedy = "Give backend 'eager', or mode 'table' or 'measure'."
             raise InputError("evaluators.latency.backend", backend, "has no prices of single operators", remedy)

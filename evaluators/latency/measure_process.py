@@ -25,13 +25,19 @@ import torch
 from torch import nn
 
 from archfront.evaluators.latency.device import LOCAL_CPU, fingerprint
-from archfront.evaluators.latency.measurement import Settings, Timing, failed, measure, peak_memory
+from archfront.evaluators.latency.energy import find_meter
+from archfront.evaluators.latency.measurement import Settings, Timing, add_energy, failed, measure, peak_memory
+from archfront.evaluators.latency.onnx_backend import onnx_call
 from archfront.evaluators.latency.operators import runnable
+from archfront.evaluators.latency.pinning import pin
 from archfront.plugins import Plugin, load_into
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.named_models import build_model, input_shape
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
+
+SLOWED_CLOCK = 0.9
+"""A clock that ends below this share of what it was has slowed down."""
 
 
 def respond(request: dict[str, Any]) -> dict[str, Any]:
@@ -45,14 +51,20 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     places: list[int] = []
     results: dict[int, Timing] = {}
     device = "cpu" if request.get("device", LOCAL_CPU) == LOCAL_CPU else str(request["device"])
+    meter = find_meter(device)
     with torch.inference_mode():
         for place, item in enumerate(request["items"]):
             try:
-                functions.append(_finished(_call(space, item, device), device))
+                functions.append(_finished(_call(space, item, device, threads), device))
                 places.append(place)
             except Exception as error:
                 results[place] = failed(f"{type(error).__name__}: {error}")
-        results.update(zip(places, measure(functions, Settings(**request.get("settings", {}))), strict=True))
+        settings = Settings(**request.get("settings", {}))
+        for place, function, timing in zip(places, functions, measure(functions, settings), strict=True):
+            # Of blocks and operators there are hundreds, and nobody asks for their energy.
+            priced = request["items"][place].keys() & {"block", "operator"}
+            results[place] = timing if meter is None or priced else add_energy(timing, function, meter, settings)
+    clock_after = _clock_mhz()
     return {
         "items": [asdict(results[place]) for place in range(len(request["items"]))],
         "environment": {
@@ -61,11 +73,12 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
             "load_before": load_before,
             "load_after": _load(),
             "clock_mhz_before": clock_before,
-            "clock_mhz_after": _clock_mhz(),
+            "clock_mhz_after": clock_after,
             "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "python": sys.version.split()[0],
             "peak_memory_bytes": peak_memory(),
-            "notes": _notes(load_before, threads),
+            "energy": meter.source if meter else None,
+            "notes": notes(load_before, threads, clock_before, clock_after),
         },
     }
 
@@ -76,17 +89,26 @@ def _load() -> float | None:
 
 
 def _clock_mhz() -> float | None:
-    """The processor's clock, which virtual machines often hide."""
+    """The clock of the processors that this process is bound to; virtual machines often hide it."""
     # Absent on some systems, where psutil also lacks the function.
-    frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
-    return float(frequency.current) if frequency else None
+    clocks = psutil.cpu_freq(percpu=True) if hasattr(psutil, "cpu_freq") else []
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    # Some systems tell one clock for all.
+    found = [float(clock.current) for cpu, clock in enumerate(clocks) if len(clocks) == 1 or not mine or cpu in mine]
+    return sum(found) / len(found) if found else None
 
 
-def _notes(load: float | None, threads: int) -> list[str]:
+def notes(load: float | None, threads: int, clock_before: float | None, clock_after: float | None) -> list[str]:
+    """What speaks against the figures: load that others put on the machine, and a clock, in MHz, that fell."""
+    found = []
     processors = os.cpu_count() or 1
     if load is not None and load + threads > processors + 0.5:
-        return [f"load average {load:.1f} on {processors} processors before measuring: other work disturbs the figures"]
-    return []
+        found.append(
+            f"load average {load:.1f} on {processors} processors before measuring: other work disturbs the figures"
+        )
+    if clock_before and clock_after and clock_after < SLOWED_CLOCK * clock_before:
+        found.append(f"the clock fell from {clock_before:.0f} to {clock_after:.0f} MHz while measuring: throttling")
+    return found
 
 
 def _finished(call: Callable[[], object], device: str) -> Callable[[], object]:
@@ -101,23 +123,27 @@ def _finished(call: Callable[[], object], device: str) -> Callable[[], object]:
     return run
 
 
-def _call(space: Space | None, item: dict[str, Any], device: str) -> Callable[[], object]:
+def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) -> Callable[[], object]:
     """One forward pass of an item, its weights and input drawn from a fixed seed."""
     torch.manual_seed(0)
     if "operator" in item:
         return runnable(item["operator"], device)
     model, shape = _model(space, item)
+    backend = item.get("backend", "eager")
+    if backend == "onnx" and item.get("channels_last"):
+        raise ValueError("backend 'onnx' chooses its memory layout itself: leave out channels_last")
     layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
     model = model.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
     example = torch.randn(int(item.get("batch", 1)), *shape).to(device).contiguous(memory_format=layout)
-    backend = item.get("backend", "eager")
     if backend == "compile":
         model = torch.compile(model)  # type: ignore[assignment]
     elif backend == "cuda-graph":
         return _graph(model, example)
+    elif backend == "onnx":
+        return onnx_call(model, example, threads)
     elif backend != "eager":
-        raise ValueError(f"unknown backend {backend!r}; known: eager, compile, cuda-graph")
+        raise ValueError(f"unknown backend {backend!r}; known: eager, compile, onnx, cuda-graph")
 
     def call() -> object:
         return model(example)
@@ -165,7 +191,10 @@ def main() -> None:
     """Answer one request. What the compiler prints goes to standard error, so that the response stays JSON."""
     answer = os.dup(1)
     os.dup2(2, 1)
-    response = respond(json.load(sys.stdin))
+    request = json.load(sys.stdin)
+    # Before torch starts its threads, which inherit it.
+    pin(int(request["threads"]))
+    response = respond(request)
     with os.fdopen(answer, "w") as file:
         json.dump(response, file)
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -23,10 +23,18 @@ import numpy.typing as npt
 from archfront.errors import ArchfrontError
 from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.device_lock import device_lock
+from archfront.evaluators.latency.energy import EnergyMeter, energy_mj
 from archfront.plugins import Plugin
 
 OUTLIER_DEVIATIONS = 6.0
 """Beyond so many robust deviations above the median a sample counts as an outlier; it stays in the samples."""
+
+DRIFT_DEVIATIONS = 4.0
+"""A rise from the first third of the samples to the last counts beyond so many standard deviations of itself."""
+LEAST_DRIFT = 0.03
+"""Share by which they must rise, too."""
+_DRIFT_SAMPLES = 15
+"""Of fewer the noise is not known well enough."""
 
 _BOOTSTRAPS = 400
 _PROCESS = "archfront.evaluators.latency.measure_process"
@@ -49,6 +57,7 @@ class Settings:
         stable: warm-up goes on until two successive samples differ by at most this share, ...
         warmup_limit_ms: ... or until it took so long.
         confidence: of the interval of the median.
+        energy_ms: least time that a whole network runs alone for its energy, where there is a meter.
     """
 
     rounds: int = 30
@@ -57,6 +66,7 @@ class Settings:
     stable: float = 0.1
     warmup_limit_ms: float = 500.0
     confidence: float = 0.95
+    energy_ms: float = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +82,10 @@ class Timing:
         calls: in each sample.
         peak_memory_bytes: growth of the process's peak resident memory up to the end of this item's warm-up; 0 where
             it stayed below an earlier peak.
-        notes: outliers, warm-up that never became stable.
+        notes: outliers, warm-up that never became stable, samples that slowed down.
         error: why there is no figure; the others are then nan.
+        energy_mj: millijoules of one call of a whole network, by the counter of all processors or of the GPU: idle
+            power is in it. None where the machine exposes no counter, and for blocks and operators.
     """
 
     median_ms: float
@@ -86,6 +98,7 @@ class Timing:
     peak_memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    energy_mj: float | None = None
 
 
 def failed(error: str) -> Timing:
@@ -153,6 +166,9 @@ def summary(
     spread = float(1.4826 * np.median(np.abs(values - median)))
     outliers = int((values > median + OUTLIER_DEVIATIONS * max(spread, 0.01 * median)).sum())
     found = [*notes, f"{outliers} of {len(values)} samples are outliers"] if outliers else list(notes)
+    rise = _rise(values)
+    if rise:
+        found.append(f"the last third of the samples is {rise:.0%} slower than the first: throttling, or other load")
     return Timing(
         median_ms=median,
         low_ms=float(low),
@@ -164,6 +180,28 @@ def summary(
         peak_memory_bytes=memory,
         notes=found,
     )
+
+
+def add_energy(timing: Timing, function: Callable[[], object], meter: EnergyMeter, settings: Settings) -> Timing:
+    """A timing with the energy of its function, if that could run."""
+    if timing.error is not None:
+        return timing
+    return replace(timing, energy_mj=energy_mj(function, timing.calls, meter, settings.energy_ms))
+
+
+def _rise(values: npt.NDArray[np.float64]) -> float:
+    """Share by which the last third of the samples is slower than the first; 0 if that may be noise.
+
+    Medians of the thirds, against the noise from sample to sample: neither single outliers nor a high noise count.
+    """
+    if len(values) < _DRIFT_SAMPLES:
+        return 0.0
+    third = len(values) // 3
+    first, last = np.median(values[:third]), np.median(values[-third:])
+    # Of successive samples, as these hardly differ by the drift itself; then the standard error of two medians.
+    spread = 1.4826 * np.median(np.abs(np.diff(values))) / 2**0.5
+    noise = 2**0.5 * 1.2533 * spread / third**0.5
+    return float(last / first - 1) if last - first > max(DRIFT_DEVIATIONS * noise, LEAST_DRIFT * first) else 0.0
 
 
 def _warm_up(function: Callable[[], object], settings: Settings) -> tuple[int, bool]:
@@ -214,7 +252,7 @@ def measured_elsewhere(
         space: ``{"name": ..., <arguments>}`` of a registered space, or None if no item needs one.
         items: each with ``genotype`` (a whole network), ``block`` (a descriptor), ``model`` (``timm:resnet18``, with
             ``shape`` if not its own) or ``operator`` (a call, see ``operators``), and optionally ``batch`` (1),
-            ``backend`` (``eager`` or ``compile``) and ``channels_last`` (false).
+            ``backend`` (``eager``, ``compile``, ``onnx``, or ``cuda-graph`` on a GPU) and ``channels_last`` (false).
         threads: that torch and OpenMP get there.
         settings: how long to measure.
         timeout_s: of the process; None for none.
