@@ -10,6 +10,7 @@ SPACES: Registry[Space] = Registry(
     {
         "fbnet": "archfront.spaces.fbnet:FBNet",
         "fbnet-tiny": "archfront.spaces.fbnet:FBNetTiny",
+        "nasbench201": "archfront.spaces.nasbench201:NasBench201",
         "choices": "archfront.spaces.choices:Choices",
         "recorded": "archfront.spaces.recorded:Recorded",
     },
