@@ -230,7 +230,7 @@ def test_prepare_keys_tell_what_they_must(monkeypatch: pytest.MonkeyPatch) -> No
     assert Latency(mode="measure").prepare_key(context) is None
     assert Latency(mode="measure").prepare(context) == {}
     another = dataclasses.replace(fingerprint(1), model="another processor")
-    monkeypatch.setattr(module, "fingerprint", lambda _threads: another)
+    monkeypatch.setattr(module, "fingerprint", lambda *_: another)
     assert Latency().prepare_key(context) not in keys
 
 
