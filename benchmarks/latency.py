@@ -51,7 +51,7 @@ OTHER_MODELS = (
     "edgenext_x_small",
 )  # fmt: skip
 QUICK_MODELS = ("mobilenetv3_small_050", "tinynet_e", "lcnet_035", "mnasnet_small", "mobilenetv2_035", "regnetx_002",
-                "lcnet_100", "tinynet_d")  # fmt: skip
+                "lcnet_100", "tinynet_d", "ghostnet_050")  # fmt: skip
 CONFIDENCE = 0.9
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     tiny, spread, models, other_models = 100, 24, TEST_MODELS, OTHER_MODELS
     settings = Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     if options.quick:
-        tiny, spread, models, other_models = 4, 8, ("lcnet_050", "lcnet_075"), QUICK_MODELS
+        tiny, spread, models, other_models = 4, 10, ("lcnet_050", "lcnet_075"), QUICK_MODELS
         settings = Settings(rounds=5, sample_ms=1.0)
     space = SPACES.build(SPACE, "space")
     assert isinstance(space, FBNet)
