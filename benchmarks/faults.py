@@ -18,7 +18,7 @@ def main() -> None:
         sums = [str(sum(job[name] for job in jobs)) for name in ("lost", "twice", "beyond", "failed")]
         pauses = ", ".join(f"{job['longest_pause_s']:.1f}" for job in jobs)
         totals = ", ".join(f"{job['total_s']:.0f}" for job in jobs)
-        struck = ", ".join(str(count) for count in record["struck_at"])
+        struck = ", ".join(str(count) for count in record.get("struck_at", ())) or "not noted"
         print(f"| {record['fault']} | {struck} | {' | '.join(sums)} | {pauses} | {totals} |")
 
 

@@ -16,7 +16,8 @@ class Jobs:
     """Two jobs at once on the cluster: many short evaluations, and real training with checkpoints.
 
     Args:
-        slow: long enough to be at work still when a dead head is noticed: actors go on without one for a while.
+        slow: short evaluations of 250 ms, so that they are at work still when a dead head is noticed: actors go on
+            without one for a while.
     """
 
     def __init__(self, cluster: Cluster, witness: Witness, *, slow: bool = False) -> None:
@@ -24,8 +25,8 @@ class Jobs:
         self._witness = witness
         self.logs = [cluster.folder / f"{kind}-{time.monotonic_ns()}" for kind in ("short", "training")]
         self.budgets = [SHORT, TRAINING]
-        # Training takes seconds to begin, in which the short ones would come far.
-        training = self._submit(training_job(self.logs[1], [6, 18] if slow else [1, 3]))
+        # A job takes as long to begin as the short evaluations take in all, so training, which lasts, begins first.
+        training = self._submit(training_job(self.logs[1], [6, 18]))
         settled(witness, training, 1, 240)
         self.ids = [self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)), training]
 
