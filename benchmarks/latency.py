@@ -24,7 +24,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from archfront.evaluators.latency.device import fingerprint
-from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
+from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.profile import Profile, profile_operators
@@ -78,13 +78,9 @@ def measure_all(items: Sequence[dict[str, Any]], threads: int, settings: Setting
     chunks = [small, *(large[i::count] for i in range(count))]
     for process in range(processes):
         for chunk in chunks:
-            timings, _ = measured_elsewhere(
+            times[process, chunk], _ = medians_elsewhere(
                 SPACE, [items[i] for i in chunk], threads=threads, settings=settings, timeout_s=900
             )
-            for i, timing in zip(chunk, timings, strict=True):
-                if timing.error is not None:
-                    raise RuntimeError(f"{items[i]}: {timing.error}")
-                times[process, i] = timing.median_ms
     return times.min(axis=0)
 
 

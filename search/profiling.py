@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,9 +60,7 @@ def extend_profile(
             facts={c: v for c, v in profile.facts.items() if c not in before.ms},
             failed={c: v for c, v in profile.failed.items() if c not in before.failed},
         )
-        content = new.to_json()
-        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
-        ledger.store_artifact(KIND, f"{device.digest}:{digest}", content, profile.device)
+        ledger.store_artifact(KIND, f"{device.digest}:{new.digest}", new.to_json(), profile.device)
         before = profile
 
     return profile_operators(operators, known, keep=keep, observe=observe)

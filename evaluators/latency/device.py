@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import re
@@ -16,6 +14,7 @@ import psutil
 import torch
 
 from archfront.errors import InputError
+from archfront.evaluators.latency.digests import json_digest
 
 LOCAL_CPU = "local-cpu"
 
@@ -48,7 +47,7 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return json_digest(asdict(self))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "digest": self.digest}

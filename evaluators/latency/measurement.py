@@ -288,4 +288,19 @@ def measured_elsewhere(
     return [Timing(**timing) for timing in response["items"]], response["environment"]
 
 
+def medians_elsewhere(
+    space: dict[str, Any] | None, items: Sequence[dict[str, Any]], **options: Any
+) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+    """As ``measured_elsewhere`` where every item has to run: their medians ``(items,)`` in ms, and the environment.
+
+    Raises:
+        MeasurementError: a process or an item failed; the message names it.
+    """
+    timings, environment = measured_elsewhere(space, items, **options)
+    for item, timing in zip(items, timings, strict=True):
+        if timing.error is not None:
+            raise MeasurementError(f"{next(iter(item.values()))} cannot be measured: {timing.error}")
+    return np.array([timing.median_ms for timing in timings], dtype=np.float64), environment
+
+
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")

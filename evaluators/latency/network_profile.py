@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint
-from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
+from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
 from archfront.evaluators.latency.space_traces import traced_genotypes
@@ -54,9 +54,8 @@ def network_latency(
     operators = [operator for found in traces for operator in found.operators]
     profile = profile_operators(operators, empty, settings=operator_settings, timeout_s=_TIMEOUT_S)
     chosen = np.unique(np.linspace(0, len(genotypes) - 1, networks).round().astype(int)).tolist()
-    times = []
-    for _ in range(PROCESSES):
-        timings, _ = measured_elsewhere(
+    times = [
+        medians_elsewhere(
             {"name": space.name, **space.config},
             [{"genotype": genotypes[i], "batch": batch} for i in chosen],
             threads=device.threads,
@@ -64,10 +63,8 @@ def network_latency(
             timeout_s=_TIMEOUT_S,
             plugins=plugins,
             device=place,
-        )
-        for i, timing in zip(chosen, timings, strict=True):
-            if timing.error is not None:
-                raise MeasurementError(f"{genotypes[i]} cannot be measured: {timing.error}")
-        times.append([timing.median_ms for timing in timings])
+        )[0]
+        for _ in range(PROCESSES)
+    ]
     # Load only ever adds: the least of the processes' medians is the truest.
-    return NetworkLatency(profile).fit([traces[i] for i in chosen], np.array(times).min(axis=0))
+    return NetworkLatency(profile).fit([traces[i] for i in chosen], np.stack(times).min(axis=0))

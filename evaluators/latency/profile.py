@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +10,7 @@ from typing import Any
 
 from archfront.errors import InputError
 from archfront.evaluators.latency.device import LOCAL_CPU
+from archfront.evaluators.latency.digests import json_digest
 from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
 from archfront.evaluators.latency.operators import Operator, call_bytes
 
@@ -52,7 +51,7 @@ class Profile:
     @cached_property
     def digest(self) -> str:
         """The profile's version: two of one digest predict the same."""
-        return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return json_digest(self.to_json())
 
     def missing(self, calls: Iterable[str]) -> list[str]:
         """Those that were neither measured nor found to fail, each once, in the order given."""

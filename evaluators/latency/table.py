@@ -7,8 +7,6 @@ minimises relative errors, because those are about the same for light and heavy 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +18,8 @@ import numpy.typing as npt
 from archfront.errors import InputError
 from archfront.evaluators.latency.chains import chain_sums, population_sums
 from archfront.evaluators.latency.device import LOCAL_CPU
-from archfront.evaluators.latency.measurement import MeasurementError, Settings, measured_elsewhere
+from archfront.evaluators.latency.digests import json_digest
+from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
 from archfront.plugins import Plugin
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.space import Population
@@ -87,7 +86,7 @@ class LatencyTable:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return json_digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -165,7 +164,7 @@ def make_table(
 
     def timed(items: list[dict[str, Any]]) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
         """``(items,)`` medians in ms, and the environment."""
-        timings, environment = measured_elsewhere(
+        return medians_elsewhere(
             {"name": space.name, **space.config},
             [{**item, "batch": batch, "backend": backend} for item in items],
             threads=threads,
@@ -174,10 +173,6 @@ def make_table(
             plugins=plugins,
             device=place,
         )
-        for item, timing in zip(items, timings, strict=True):
-            if timing.error is not None:
-                raise MeasurementError(f"{next(iter(item.values()))} cannot be measured: {timing.error}")
-        return np.array([timing.median_ms for timing in timings]), environment
 
     first, environment = timed(block_items)
     chosen = spread_networks(space, first, max(LEAST_NETWORKS, networks), np.random.default_rng(0))

@@ -8,8 +8,6 @@ from how far each calibration network lies from the fit to the others.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from archfront.errors import InputError
+from archfront.evaluators.latency.digests import json_digest
 from archfront.evaluators.latency.predictors.conformal import check_confidence, conformal_quantile, split_interval
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, Prediction, Vector
@@ -65,9 +64,10 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
 
     def predict(self, networks: Sequence[Trace], confidence: float = 0.9) -> Prediction:
         check_confidence(confidence)
-        ms = self.terms(networks) @ self._weights
+        priced = [self.prices.ms(network.operators) for network in networks]
+        ms = _terms(networks, priced) @ self._weights
         low, high = split_interval(ms, self.relative_width(confidence))
-        notes = tuple(self._extrapolated(network) for network in networks)
+        notes = tuple(_extrapolated(network, *found) for network, found in zip(networks, priced, strict=True))
         return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence, extrapolated=notes)
 
     def relative_width(self, confidence: float) -> float:
@@ -76,14 +76,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
 
     def terms(self, networks: Sequence[Trace]) -> npt.NDArray[np.float64]:
         """``(n, 5)``, what a latency is a combination of; see ``TERMS``."""
-        rows = []
-        for network in networks:
-            prices, _ = self.prices.ms(network.operators)
-            written = sum(operator.written_bytes for operator in network.operators)
-            rows.append(
-                [prices.sum(), len(network.operators), network.modules, network.weight_bytes / 2**20, written / 2**20]
-            )
-        return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
+        return _terms(networks, [self.prices.ms(network.operators) for network in networks])
 
     @property
     def weights(self) -> Vector:
@@ -98,7 +91,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
     @cached_property
     def digest(self) -> str:
         """The version: two of one digest predict the same."""
-        return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return json_digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,15 +115,28 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         made._scores = np.array(data["scores"], dtype=np.float64)
         return made
 
-    def _extrapolated(self, network: Trace) -> tuple[str, ...]:
-        prices, measured = self.prices.ms(network.operators)
-        if measured.all():
-            return network.warnings
-        kinds = sorted({o.kind for o, known in zip(network.operators, measured, strict=True) if not known})
-        share = prices[~measured].sum() / max(prices.sum(), 1e-12)
-        count = int((~measured).sum())
-        return (f"{count} of {len(measured)} operators never measured ({', '.join(kinds)}): {share:.0%} of the time",
-                *network.warnings)  # fmt: skip
+
+Priced = tuple[Vector, npt.NDArray[np.bool_]]
+"""Times of a network's operators in ms, and which of them were measured."""
+
+
+def _terms(networks: Sequence[Trace], priced: Sequence[Priced]) -> npt.NDArray[np.float64]:
+    rows = []
+    for network, (prices, _) in zip(networks, priced, strict=True):
+        written = sum(operator.written_bytes for operator in network.operators)
+        rows.append(
+            [prices.sum(), len(network.operators), network.modules, network.weight_bytes / 2**20, written / 2**20]
+        )
+    return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
+
+
+def _extrapolated(network: Trace, prices: Vector, measured: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    if measured.all():
+        return network.warnings
+    kinds = sorted({o.kind for o, known in zip(network.operators, measured, strict=True) if not known})
+    share = prices[~measured].sum() / max(prices.sum(), 1e-12)
+    guessed = f"{int((~measured).sum())} of {len(measured)} operators never measured ({', '.join(kinds)})"
+    return (f"{guessed}: {share:.0%} of the time", *network.warnings)
 
 
 def _fit(terms: npt.NDArray[np.float64], measured: Vector) -> Vector:
