@@ -6,18 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from archfront.db.ledger import Ledger
-from archfront.evaluators.costs import InputShaped
 from archfront.evaluators.latency.device import Fingerprint
 from archfront.evaluators.latency.operators import Operator
 from archfront.evaluators.latency.profile import Profile, ProfileProgress, profile_operators
-from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.evaluators.latency.tracing import Trace, trace
 from archfront.spaces.named_models import build_model, input_shape
-from archfront.spaces.space import Space
 
 KIND = "profile"
 
@@ -74,13 +70,6 @@ def changed_devices(ledger: Ledger, device: Fingerprint) -> list[str]:
             names = [name for name in now if name != "digest" and then.get(name) != now[name]]
             found.append(", ".join(f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in names))
     return found
-
-
-def space_traces(space: Space, samples: int, batch: int, device: str) -> list[Trace]:
-    """Traces of genotypes that are spread over a space, so that hardly an operator of it is missing."""
-    assert isinstance(space, InputShaped)
-    genotypes = space.to_json(space.sample_spread(np.random.default_rng(0), samples))
-    return list(traced_genotypes(space, genotypes, batch=batch, device=device))
 
 
 def model_traces(names: Sequence[str], batch: int, device: str) -> list[Trace]:

@@ -10,7 +10,7 @@ from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint
 from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
-from archfront.evaluators.latency.space_traces import traced_genotypes
+from archfront.evaluators.latency.space_traces import covering_traces, traced_genotypes
 from archfront.plugins import Plugin
 from archfront.spaces.space import Space
 
@@ -40,24 +40,24 @@ def network_latency(
         place: ``local-cpu`` or ``cuda:<number>``.
         batch: images a pass.
         plugins: files that may hold the space.
-        samples: genotypes that are traced to learn which operators the space has.
+        samples: genotypes that are traced to learn which operators a space without blocks has.
         networks: whole ones that the correction is fitted to.
         operator_settings, network_settings: how long to measure.
 
     Raises:
         MeasurementError: a process failed, or a network of the space cannot run.
     """
-    genotypes = space.to_json(space.sample_spread(np.random.default_rng(0), max(samples, networks)))
     claimed = "cpu" if place == LOCAL_CPU else place
+    genotypes = space.to_json(space.sample_spread(np.random.default_rng(0), networks))
     traces = list(traced_genotypes(space, genotypes, batch=batch, device=claimed))
+    covering = covering_traces(space, samples, batch=batch, device=claimed)
     empty = Profile(device=device.to_json(), threads=device.threads)
-    operators = [operator for found in traces for operator in found.operators]
+    operators = [operator for found in (*covering, *traces) for operator in found.operators]
     profile = profile_operators(operators, empty, settings=operator_settings, timeout_s=_TIMEOUT_S)
-    chosen = np.unique(np.linspace(0, len(genotypes) - 1, networks).round().astype(int)).tolist()
     times = [
         medians_elsewhere(
             {"name": space.name, **space.config},
-            [{"genotype": genotypes[i], "batch": batch} for i in chosen],
+            [{"genotype": genotype, "batch": batch} for genotype in genotypes],
             threads=device.threads,
             settings=network_settings,
             timeout_s=_TIMEOUT_S,
@@ -67,4 +67,4 @@ def network_latency(
         for _ in range(PROCESSES)
     ]
     # Load only ever adds: the least of the processes' medians is the truest.
-    return NetworkLatency(profile).fit([traces[i] for i in chosen], np.stack(times).min(axis=0))
+    return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0))

@@ -10,6 +10,7 @@ from jobs import synthetic_job
 
 from archfront.evaluators.latency import profile as profile_module
 from archfront.evaluators.latency.measurement import Settings
+from archfront.spaces.fbnet import FBNetTiny
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def test_a_space_and_a_model_are_profiled_once(archfront: Command, tmp_path: Pat
     code, out, err = archfront("profile", "--space", str(file), "--samples", "5", "--json")
     assert code == 0, err
     first = json.loads(out)
-    assert first["networks"] == 5
+    assert first["traced"] == len(FBNetTiny(resolution=8, layers=3).block_catalogue()) + 1
     assert first["operators"] == first["needed"] > 10
     assert first["failed"] == []
     assert "operators" in err
@@ -37,7 +38,7 @@ def test_a_space_and_a_model_are_profiled_once(archfront: Command, tmp_path: Pat
     assert "0 of 0 operators" in err
     code, out, _ = archfront("profile", "--models", "timm:lcnet_035")
     assert code == 0
-    assert "1 networks need" in out
+    assert "1 traced modules need" in out
 
 
 @pytest.mark.parametrize(

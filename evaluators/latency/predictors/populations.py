@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from archfront.evaluators.latency.chains import chain_sums, population_sums
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.predictor import Vector
-from archfront.evaluators.latency.space_traces import traced_genotypes
-from archfront.evaluators.latency.tracing import trace
+from archfront.evaluators.latency.space_traces import block_traces, traced_genotypes
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.space import Genotype, Population, Space
 
@@ -30,11 +28,7 @@ class BlockTerms:
     def __init__(self, space: BlockSpace, predictor: NetworkLatency, *, batch: int = 1, device: str = "cpu") -> None:
         self._space = space
         self._predictor = predictor
-        traces = []
-        for spec in space.block_catalogue():
-            with torch.device("meta"):
-                block = space.build_block(spec.descriptor)
-            traces.append(trace(block, spec.input_shape, batch=batch, device=device))
+        traces = block_traces(space, batch=batch, device=device)
         self._terms = predictor.terms(traces)
         known = [bool(predictor.prices.ms(found.operators)[1].all()) for found in traces]
         self._guessed = 1.0 - np.array(known, dtype=np.float64)

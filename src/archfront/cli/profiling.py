@@ -17,7 +17,7 @@ def profile(
     device: Annotated[str, typer.Option(help="local-cpu or cuda:<number>.")] = "local-cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of an operator.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 1,
-    samples: Annotated[int, typer.Option(min=1, help="Genotypes of the space that are traced.")] = 200,
+    samples: Annotated[int, typer.Option(min=1, help="Genotypes traced of a space without blocks.")] = 200,
     db: Database = DEFAULT_DB,
     plugin: PluginFiles = None,
     json: AsJson = False,
@@ -29,10 +29,11 @@ def profile(
     from archfront.evaluators.costs import InputShaped
     from archfront.evaluators.latency.device import LOCAL_CPU, check_device, fingerprint
     from archfront.evaluators.latency.profile import ProfileProgress
+    from archfront.evaluators.latency.space_traces import covering_traces
     from archfront.plugins import read_plugins
     from archfront.search.job import read_spec
     from archfront.search.plugins import load_plugins
-    from archfront.search.profiling import changed_devices, extend_profile, model_traces, space_traces
+    from archfront.search.profiling import changed_devices, extend_profile, model_traces
     from archfront.search.resolve import resolve
 
     place = check_device(device)
@@ -45,7 +46,7 @@ def profile(
             raise InputError(
                 "--space", searched.name, "has no torch models to profile", "Name a job with such a space."
             )
-        found += space_traces(searched, samples, batch, claimed)
+        found += covering_traces(searched, samples, batch=batch, device=claimed)
     if models:
         found += model_traces([name.strip() for name in models.split(",") if name.strip()], batch, claimed)
     operators = [operator for trace in found for operator in trace.operators]
@@ -63,11 +64,11 @@ def profile(
     failed = [made.failed[o.call] for o in {o.call: o for o in operators}.values() if o.call in made.failed]
     if json:
         summary = {"device": made.device, "digest": made.digest, "operators": len(made.ms), "failed": failed}
-        print_json({**summary, "networks": len(found), "needed": len({o.call for o in operators})})
+        print_json({**summary, "traced": len(found), "needed": len({o.call for o in operators})})
         return
     console.print(
-        f"{len(found)} networks need {len({o.call for o in operators}):,} operators; the profile {made.digest[:8]} of "
-        f"{made.device['model']} ({threads} thread{'s' if threads > 1 else ''}) holds {len(made.ms):,}.",
+        f"{len(found)} traced modules need {len({o.call for o in operators}):,} operators; "
+        f"the profile {made.digest[:8]} of {made.device['model']} ({threads} thread{'s' if threads > 1 else ''}) holds {len(made.ms):,}.",
         highlight=False,
     )
     for reason in sorted(set(failed)):
