@@ -68,7 +68,8 @@ def profile(
         return
     console.print(
         f"{len(found)} traced modules need {len({o.call for o in operators}):,} operators; "
-        f"the profile {made.digest[:8]} of {made.device['model']} ({threads} thread{'s' if threads > 1 else ''}) holds {len(made.ms):,}.",
+        f"the profile {made.digest[:8]} of {made.device['model']} ({threads} thread{'s' if threads > 1 else ''}) "
+        f"holds {len(made.ms):,}.",
         highlight=False,
     )
     for reason in sorted(set(failed)):
