@@ -11,5 +11,6 @@ EVALUATORS: Registry[Evaluator] = Registry(
         "training": "archfront.evaluators.training:Training",
         "costs": "archfront.evaluators.costs:Costs",
         "latency": "archfront.evaluators.latency.evaluator:Latency",
+        "evonorm-protocols": "archfront.evaluators.evonorm_protocols:EvonormProtocols",
     },
 )

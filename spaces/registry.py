@@ -5,13 +5,16 @@ from __future__ import annotations
 from archfront.registry import Registry
 from archfront.spaces.space import Space
 
-SPACES: Registry[Space] = Registry(
-    "spaces",
-    {
-        "fbnet": "archfront.spaces.fbnet:FBNet",
-        "fbnet-tiny": "archfront.spaces.fbnet:FBNetTiny",
-        "nasbench201": "archfront.spaces.nasbench201:NasBench201",
-        "choices": "archfront.spaces.choices:Choices",
-        "recorded": "archfront.spaces.recorded:Recorded",
-    },
-)
+BUILT_IN = {
+    "fbnet": "archfront.spaces.fbnet:FBNet",
+    "fbnet-tiny": "archfront.spaces.fbnet:FBNetTiny",
+    "nasbench201": "archfront.spaces.nasbench201:NasBench201",
+    "evonorm": "archfront.spaces.evonorm:EvoNorm",
+    "skan": "archfront.spaces.skan:SKan",
+    "nasnet": "archfront.spaces.nasnet_cells:NasNet",
+    "scaled": "archfront.spaces.scaled:Scaled",
+    "choices": "archfront.spaces.choices:Choices",
+    "recorded": "archfront.spaces.recorded:Recorded",
+}
+
+SPACES: Registry[Space] = Registry("spaces", BUILT_IN)
