@@ -35,6 +35,7 @@ class Layer:
         shape: output shape ``(channels, height, width)`` or whatever the layer gives, without the batch.
         size: relative extent in the drawing, 0 for a layer that does nothing.
         details: further facts to show on demand.
+        branches: of a layer that is several sequences of layers side by side.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     shape: tuple[int, ...]
     size: float = 1.0
     details: Mapping[str, Any] = field(default_factory=dict)
+    branches: tuple[tuple[Layer, ...], ...] = ()
 
 
 class Space(ABC):
