@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from archfront.errors import InputError, suggestion
+from archfront.errors import InputError
 from archfront.spaces.evonorm_anchors import LEAST_RESOLUTION, Anchor, AnchorKind, AnchorNetwork
 from archfront.spaces.evonorm_programmes import (
     BINARY,
@@ -95,15 +95,10 @@ class EvoNorm(ProductSpace):
         network = {"anchor": self.anchor.kind, "width": self.anchor.width, "depth": self.anchor.depth}
         return {**network, **{field: getattr(self, field) for field in fields}}
 
-    def named(self, name: str) -> Genotype:
-        """A published layer as a genotype: ``bn-relu``, ``evonorm-b0``, ``evonorm-s0`` and others of ``NAMED``.
-
-        Raises:
-            InputError: an unknown name, or more nodes than this space has.
-        """
-        if name not in NAMED:
-            raise InputError("programme", name, "is not a named programme", suggestion(name, NAMED))
-        return self.genotype(NAMED[name])
+    @property
+    def known(self) -> Mapping[str, Genotype]:
+        """Published layers that have no more nodes than the space: ``bn-relu``, ``evonorm-b0``, ``evonorm-s0``, ..."""
+        return {name: self.genotype(p) for name, p in NAMED.items() if len(p.live().nodes) <= self.nodes}
 
     def genotype(self, programme: Programme) -> Genotype:
         """A programme as a canonical genotype.

@@ -32,6 +32,21 @@ from archfront.spaces.space import Genotype, Layer, Population
 
 BLOCKS = ("k3_e1", "k3_e1_g2", "k3_e3", "k3_e6", "k5_e1", "k5_e1_g2", "k5_e3", "k5_e6", SKIP)
 STEM_KERNEL = 3
+PUBLISHED = {
+    "fbnet-a": (
+        "skip | k3_e3 k3_e1 skip skip | k5_e6 k3_e3 k5_e1 k3_e3 | k5_e6 k5_e3 k5_e1_g2 k5_e6 | k3_e6 k5_e1_g2 k5_e3 "
+        "k3_e1_g2 | k5_e6 k5_e6 k5_e3 k5_e6 | k5_e6"
+    ),
+    "fbnet-b": (
+        "k3_e1 | k3_e6 k5_e1 k3_e1 k3_e1 | k5_e6 k5_e3 k3_e6 k5_e6 | k5_e6 k5_e6 skip k5_e3 | k5_e6 k3_e1 k5_e1 "
+        "k5_e3 | k5_e6 k5_e1 k5_e6 k5_e6 | k3_e6"
+    ),
+    "fbnet-c": (
+        "k3_e1 | k3_e6 skip k3_e1 k3_e1 | k5_e6 k5_e3 k5_e6 k3_e6 | k5_e6 k5_e3 k5_e6 k5_e6 | k5_e6 k5_e6 k5_e6 "
+        "k5_e3 | k5_e6 k5_e6 k5_e6 k5_e6 | k3_e6"
+    ),
+}
+"""The networks that the paper found; stages stand between bars."""
 
 
 class FBNet(ProductSpace):
@@ -111,6 +126,11 @@ class FBNet(ProductSpace):
             "keep_expansion": self.keep_expansion,
             "mismatched_skip": self.mismatched_skip,
         }
+
+    @property
+    def known(self) -> Mapping[str, Genotype]:
+        """The paper's networks ``fbnet-a``, ``fbnet-b`` and ``fbnet-c``, where the space has their layers."""
+        return self.members({name: text.replace("|", " ").split() for name, text in PUBLISHED.items()})
 
     def sample_spread(self, rng: np.random.Generator, count: int) -> Population:
         """Besides its preferences each genotype has a depth of its own, uniform from none to all layers: depth moves a

@@ -181,6 +181,11 @@ class NasNet(ProductSpace):
         fields = ("blocks", "combine", *macro, "classes", "in_channels", "resolution")
         return {"operations": list(self.operations), **{field: getattr(self, field) for field in fields}}
 
+    @property
+    def known(self) -> Mapping[str, Genotype]:
+        """``nasnet-a`` and ``darts-v2``, where the space has their blocks and operations."""
+        return self.members({"nasnet-a": NASNET_A.genotype, "darts-v2": DARTS_V2.genotype})
+
     def canonical(self, population: Population) -> Population:
         """The least of the genotypes that differ by what the class names only; see there."""
         result: Population = np.array(population, dtype=np.int16)

@@ -13,6 +13,8 @@ BUILT_IN = {
     "skan": "archfront.spaces.skan:SKan",
     "nasnet": "archfront.spaces.nasnet_cells:NasNet",
     "scaled": "archfront.spaces.scaled:Scaled",
+    "einspace": "archfront.spaces.grammars.einspace:Einspace",
+    "tabular": "archfront.spaces.grammars.tabular:Tabular",
     "choices": "archfront.spaces.choices:Choices",
     "recorded": "archfront.spaces.recorded:Recorded",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from archfront.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,6 +122,35 @@ class Space(ABC):
     @abstractmethod
     def describe(self, genotype: Genotype) -> list[Layer]:
         """The layers of a genotype, in order."""
+
+    @property
+    def known(self) -> Mapping[str, Genotype]:
+        """Members with a name of their own, e.g. published networks: seeds of a job may be given by it."""
+        return {}
+
+    def members(self, genotypes: Mapping[str, Genotype]) -> dict[str, Genotype]:
+        """Those that are of this space."""
+        found = {}
+        for name, genotype in genotypes.items():
+            with contextlib.suppress(InputError):
+                [found[name]] = self.to_json(self.from_json([genotype]))
+        return found
+
+    def genotypes_of(self, given: Sequence[Any]) -> list[Genotype]:
+        """Genotypes, names of ``known`` members replaced by theirs.
+
+        Raises:
+            InputError: one is neither.
+        """
+        known = self.known
+        genotypes = [known[one] if isinstance(one, str) and one in known else one for one in given]
+        for i, genotype in enumerate(genotypes):
+            try:
+                self.validate(genotype)
+            except InputError as error:
+                remedy = f"{error.remedy} Members with a name: {', '.join(known)}." if known else error.remedy
+                raise InputError(f"seeds.{i}", error.value, f"({error.field}) {error.problem}", remedy) from None
+        return genotypes
 
     @property
     def size(self) -> int | None:

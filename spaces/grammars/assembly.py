@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -165,3 +165,18 @@ class Head(nn.Module):
             features = features.flatten(2).mean(dim=2)
         logits: Tensor = self.linear(features)
         return logits
+
+
+class Function(nn.Module):
+    """A function without weights, named for printing."""
+
+    def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.name = name
+        self.function = function
+
+    def forward(self, features: Any) -> Any:
+        return self.function(features)
+
+    def extra_repr(self) -> str:
+        return self.name

@@ -146,7 +146,8 @@ class _Walk:
         if len(symbols) != len(children):
             problem = f"{production.name} has {len(children)} parts instead of {len(production.symbols)}"
             raise DerivationError(path, problem)
-        level = depth + levels(production, len(children))
+        # A run is one level, however a derivation bracketed it in pairs.
+        level = depth + (production.flow != "unit")
         before = state
         at: list[tuple[int, State, Totals]] = []
         for i, (part, child) in enumerate(zip(symbols, children, strict=True)):
@@ -219,13 +220,6 @@ def symbols_of(production: Production, children: int) -> Sequence[str]:
     if production.is_run and children > 1:
         return (production.symbols[0],) * children
     return production.symbols
-
-
-def levels(production: Production, children: int) -> int:
-    """Levels between a node and its children; a run counts as its most even bracketing in pairs."""
-    if production.flow == "unit":
-        return 0
-    return max(1, (children - 1).bit_length()) if production.is_run else 1
 
 
 def rescoped(grammar: Grammar, state: State, source: State) -> State:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from archfront.errors import InputError
+from archfront.spaces.grammars.einspace_seeds import SEEDS
 from archfront.spaces.grammars.grammar import Cost, Grammar, Join, Operation, Production, Split
 from archfront.spaces.grammars.grammar_space import GrammarSpace
 from archfront.spaces.grammars.sampling import Budget
@@ -95,11 +96,12 @@ class Einspace(GrammarSpace):
                 raise InputError(f"space.{field}", number, "is not positive", "Give 1 or more.")
         if not 0 < compute < 1:
             raise InputError("space.compute", compute, "is no probability", "Give a number between 0 and 1.")
-        self.resolution, self.in_channels, self.classes, self.compute = resolution, in_channels, classes, compute
+        self.resolution, self.in_channels, self.compute = resolution, in_channels, compute
         super().__init__(
             grammar=grammar(compute),
             initial=Features((in_channels, resolution, resolution)),
             budget=Budget(params=params, macs=macs, activations=activations, depth=depth, terminals=terminals),
+            classes=classes,
         )
 
     @property
@@ -107,14 +109,14 @@ class Einspace(GrammarSpace):
         own = {name: getattr(self, name) for name in ("resolution", "in_channels", "classes", "compute")}
         return own | vars(self.budget)
 
-    def head(self, state: Features) -> nn.Module:
-        from archfront.spaces.grammars.assembly import Head
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """The paper's seeds ``resnet18``, ``resnet18_no_maxpool``, ``wrn16_4``, ``transformer`` and ``mixer``, where
+        the space has room for them."""
+        return self.members({name: make() for name, make in SEEDS.items()})
 
-        return Head(state.shape[0], self.classes)
-
-    def head_cost(self, state: Features) -> Cost:
-        weights = state.shape[0] * self.classes
-        return Cost(params=weights + self.classes, macs=weights)
+    def features(self, state: Features) -> int:
+        return state.shape[0]
 
 
 def grammar(compute: float = COMPUTE_PROBABILITY) -> Grammar:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from archfront.spaces.grammars.assembly import Function
 
 if TYPE_CHECKING:
     from archfront.spaces.grammars.einspace import Features
@@ -48,21 +50,6 @@ class Positional(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.offsets
-
-
-class Function(nn.Module):
-    """A function without weights, named for printing."""
-
-    def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.name = name
-        self.function = function
-
-    def forward(self, features: Any) -> Any:
-        return self.function(features)
-
-    def extra_repr(self) -> str:
-        return self.name
 
 
 def identity(_state: Features) -> nn.Module:

@@ -42,18 +42,21 @@ class GrammarSpace(Space):
     """Image classifiers (or whatever ``head`` makes of them) derived from a grammar.
 
     A genotype is a derivation as nested JSON lists: ``["production", child, ...]``, terminals by name. A subclass
-    gives the grammar, the state of the input, the budget, ``config``, and the head that turns the last state into an
-    output.
+    gives ``name``, ``config`` and ``features``, and may give another stem or head. What it builds takes
+    ``(n, in_channels, resolution, resolution)`` unless it says otherwise.
+
+    Args:
+        grammar: of the part between stem and head.
+        initial: state of what the stem gives.
+        budget: bounds; parameters and multiply-adds with the head.
+        classes: of the head.
     """
 
-    grammar: Grammar
-    initial: State
-    budget: Budget
-
-    def __init__(self, *, grammar: Grammar, initial: State, budget: Budget) -> None:
+    def __init__(self, *, grammar: Grammar, initial: State, budget: Budget, classes: int) -> None:
         self.grammar = grammar
         self.initial = initial
         self.budget = budget
+        self.classes = classes
         self._analyses: OrderedDict[Tree, Analysis] = OrderedDict()
 
     @property
@@ -62,12 +65,23 @@ class GrammarSpace(Space):
         """See ``Space``."""
 
     @abstractmethod
-    def head(self, state: State) -> nn.Module:
-        """What follows the derivation."""
+    def features(self, state: State) -> int:
+        """Length of the first axis (behind the batch) of a tensor in a state: what the head classifies."""
 
-    @abstractmethod
+    def stem(self) -> nn.Module | None:
+        """What comes before the derivation; it should have no parameters, for none are counted."""
+        return None
+
+    def head(self, state: State) -> nn.Module:
+        """What follows the derivation: a mean over all axes but the first, and a linear classifier."""
+        from archfront.spaces.grammars.assembly import Head
+
+        return Head(self.features(state), self.classes)
+
     def head_cost(self, state: State) -> Cost:
-        """Of the head, which counts in the budget."""
+        """Of the head."""
+        weights = self.features(state) * self.classes
+        return Cost(params=weights + self.classes, macs=weights)
 
     @property
     def digest(self) -> str:
@@ -181,8 +195,9 @@ class GrammarSpace(Space):
         from archfront.spaces.grammars.assembly import assemble
 
         [tree] = self.canonical(self.from_json([genotype]))
+        stem = self.stem()
         modules, after = assemble(self.grammar, tree, self.initial)
-        return nn.Sequential(*modules, self.head(after))
+        return nn.Sequential(*([] if stem is None else [stem]), *modules, self.head(after))
 
     def describe(self, genotype: Genotype) -> list[Layer]:
         from archfront.spaces.grammars.assembly import draw_layers

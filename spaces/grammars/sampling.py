@@ -16,7 +16,8 @@ Observer = Callable[[str, str, bool], None]
 """Told of every draw of a production: (symbol, production, whether no option had been taken away)."""
 
 _BODIES = 4
-_STEPS = 20_000
+# Expansions before a draw begins anew, with dead ends: some per draw, some per terminal that a budget admits.
+_STEPS, _STEPS_EACH = 1000, 4
 _RESTARTS = 200
 
 
@@ -78,6 +79,11 @@ class Sampler:
         self._used = Totals()
         self._reserved = 0
         self._steps = 0
+        # The least height and the fewest terminals of what begins with a production.
+        self._options = {
+            symbol: [(p, grammar.production_height(p), grammar.production_terminals(p)) for p in productions]
+            for symbol, productions in grammar.rules.items()
+        }
 
     def draw(self, state: State) -> Tree:
         """A whole derivation.
@@ -124,42 +130,42 @@ class Sampler:
         self, symbol: str, state: State, depth: int, copies: int, without: str | None = None
     ) -> tuple[Tree, State]:
         self._steps += 1
-        if self._steps > _STEPS:
+        if self._steps > _STEPS + _STEPS_EACH * self._used.terminals:
             raise _TooLongError
         if symbol in self.grammar.families:
             return self._terminal(symbol, state, copies, without)
         self._reserved -= self.grammar.fewest[symbol] * copies
-        every = self.grammar.rules[symbol]
-        options = [p for p in every if p.name != without and self._affordable(p, depth, copies)]
+        every = self._options[symbol]
+        room = self.budget.terminals - self._used.terminals - self._reserved
+        options = [
+            (production, fewest)
+            for production, height, fewest in every
+            if depth + height <= self.budget.depth and fewest * copies <= room and production.name != without
+        ]
         whole = len(options) == len(every)
         while options:
-            chosen = self._pick(options)
+            option = self._pick(options)
+            chosen, fewest = option
             if self._observe is not None:
                 self._observe(symbol, chosen.name, whole)
             mark = (self._used.copy(), self._reserved)
             try:
-                self._reserved += self.grammar.production_terminals(chosen) * copies
+                self._reserved += fewest * copies
                 return self._apply(chosen, state, depth, copies)
             except _DeadEndError:
                 self._used, self._reserved = mark
-                options.remove(chosen)
+                options.remove(option)
                 whole = False
         self._reserved += self.grammar.fewest[symbol] * copies
         raise _DeadEndError
 
-    def _affordable(self, production: Production, depth: int, copies: int) -> bool:
-        if depth + self.grammar.production_height(production) > self.budget.depth:
-            return False
-        wanted = self.grammar.production_terminals(production) * copies
-        return self._used.terminals + self._reserved + wanted <= self.budget.terminals
-
-    def _pick(self, options: list[Production]) -> Production:
-        total = sum(p.weight for p in options)
+    def _pick(self, options: list[tuple[Production, int]]) -> tuple[Production, int]:
+        total = sum(production.weight for production, _ in options)
         point = self._rng.random() * total
-        for production in options:
-            point -= production.weight
+        for option in options:
+            point -= option[0].weight
             if point < 0:
-                return production
+                return option
         return options[-1]
 
     def _apply(self, production: Production, state: State, depth: int, copies: int) -> tuple[Tree, State]:

@@ -13,7 +13,7 @@ from archfront.client import Job
 from archfront.db.queries import evaluation_rows
 from archfront.db.schema import Candidate, Evaluation
 from archfront.errors import InputError
-from archfront.spaces.space import Space
+from archfront.spaces.space import Layer, Space
 
 
 def export_candidate(job: Job, candidate: str, to: Path) -> dict[str, Any]:
@@ -76,15 +76,19 @@ def space_of(job: Job) -> Space:
 
 
 def _write_json(job: Job, row: dict[str, Any], to: Path) -> str:
-    layers = [
-        {"name": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
-        for layer in space_of(job).describe(row["genotype"])
-    ]
+    layers = [_plain(layer) for layer in space_of(job).describe(row["genotype"])]
     document = {
         key: row[key] for key in ("evaluation", "key", "genotype", "fidelity", "metrics", "std", "provenance", "origin")
     }
     to.write_text(json.dumps({"space": job.spec["space"], **document, "layers": layers}, indent=2), encoding="utf-8")
     return "genotype, metrics and layers"
+
+
+def _plain(layer: Layer) -> dict[str, Any]:
+    own = {"name": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+    return own | (
+        {"branches": [[_plain(inner) for inner in lane] for lane in layer.branches]} if layer.branches else {}
+    )
 
 
 def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:

@@ -17,6 +17,9 @@ CONFIGS: list[dict[str, object]] = [
     {"name": "scaled", "family": "timm:regnetz_005", "rule": "dwr", "widths": [0.75, 1.0, 1.05]},
     {"name": "evonorm"},
     {"name": "skan", "widths": [16, 16]},
+    {"name": "einspace"},
+    {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
+    {"name": "tabular"},
     {"name": "choices", "columns": {"bits": [2, 4, 8], "kind": ["a", "b"]}},
 ]
 BUILT: list[dict[str, object]] = [
@@ -28,6 +31,8 @@ BUILT: list[dict[str, object]] = [
     {"name": "evonorm", "anchor": "efficientnet", "width": 4, "resolution": 8},
     {"name": "skan", "resolution": 8, "widths": [8]},
     {"name": "skan", "kind": "conv", "resolution": 8, "widths": [4, 4]},
+    {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
+    {"name": "tabular"},
 ]
 NOT_SEARCHED = {"recorded"}
 

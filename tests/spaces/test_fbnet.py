@@ -10,22 +10,9 @@ from torch import nn
 
 from archfront.errors import InputError
 from archfront.spaces.blocks import NO_BLOCK, BlockSpace, block_descriptors
-from archfront.spaces.fbnet import BLOCKS, FBNet, FBNetTiny
+from archfront.spaces.fbnet import BLOCKS, PUBLISHED, FBNet, FBNetTiny
 from archfront.spaces.registry import SPACES
 from archfront.spaces.torchvision_compat import import_timm
-
-FBNET_A = (
-    "skip | k3_e3 k3_e1 skip skip | k5_e6 k3_e3 k5_e1 k3_e3 | k5_e6 k5_e3 k5_e1_g2 k5_e6 | k3_e6 k5_e1_g2 k5_e3 "
-    "k3_e1_g2 | k5_e6 k5_e6 k5_e3 k5_e6 | k5_e6"
-)
-FBNET_B = (
-    "k3_e1 | k3_e6 k5_e1 k3_e1 k3_e1 | k5_e6 k5_e3 k3_e6 k5_e6 | k5_e6 k5_e6 skip k5_e3 | k5_e6 k3_e1 k5_e1 k5_e3 | "
-    "k5_e6 k5_e1 k5_e6 k5_e6 | k3_e6"
-)
-FBNET_C = (
-    "k3_e1 | k3_e6 skip k3_e1 k3_e1 | k5_e6 k5_e3 k5_e6 k3_e6 | k5_e6 k5_e3 k5_e6 k5_e6 | k5_e6 k5_e6 k5_e6 k5_e3 | "
-    "k5_e6 k5_e6 k5_e6 k5_e6 | k3_e6"
-)
 
 
 def genotype(text: str) -> list[str]:
@@ -54,9 +41,9 @@ def hooked_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 @pytest.mark.parametrize(
     ("text", "head", "params", "macs"),
     [
-        (FBNET_A, 1504, 4.27029, 244.526),
-        (FBNET_B, 1984, 4.76667, 291.102),
-        (FBNET_C, 1984, 5.52542, 378.233),
+        (PUBLISHED["fbnet-a"], 1504, 4.27029, 244.526),
+        (PUBLISHED["fbnet-b"], 1984, 4.76667, 291.102),
+        (PUBLISHED["fbnet-c"], 1984, 5.52542, 378.233),
     ],
 )
 def test_published_networks_have_their_published_size(text: str, head: int, params: float, macs: float) -> None:
@@ -83,7 +70,7 @@ def test_closed_forms_equal_the_modules() -> None:
 def test_fbnet_c_is_timms() -> None:
     timm = import_timm()
     theirs = timm.create_model("fbnetc_100", pretrained=False).eval()
-    ours = FBNet(keep_expansion=True).build(genotype(FBNET_C)).eval()
+    ours = FBNet(keep_expansion=True).build(genotype(PUBLISHED["fbnet-c"])).eval()
     assert sum(p.numel() for p in ours.parameters()) == 5_572_200
     state = theirs.state_dict()
     # Their blocks stand stage by stage in the same order as ours, so the tensors match one to one.
@@ -99,7 +86,7 @@ def test_fbnet_c_is_timms() -> None:
         expected, actual = theirs(image), ours(image)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     with torch.device("meta"):
-        model = FBNet(keep_expansion=True).build(genotype(FBNET_C))
+        model = FBNet(keep_expansion=True).build(genotype(PUBLISHED["fbnet-c"]))
     assert round(hooked_macs(model, (3, 224, 224)) / 1e6, 3) == 384.960
 
 
