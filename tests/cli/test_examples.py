@@ -10,7 +10,7 @@ import yaml
 
 import archfront
 from archfront.cli.main import main
-from archfront.search.job import read_spec
+from archfront.search.job import Budget, Workers, read_spec
 from archfront.search.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,24 @@ def test_the_readme_shows_the_examples_as_they_are() -> None:
     assert any(block.strip() == code.strip() for block in blocks)
     jobs = [yaml.safe_load(block) for block in blocks if block.startswith("name: digits")]
     assert jobs == [yaml.safe_load((EXAMPLES / "digits.yaml").read_text())]
+
+
+def test_the_grammar_of_the_documentation_runs(tmp_path: Path) -> None:
+    """Several objectives and early stopping, on a grammar that a user wrote."""
+    spec = read_spec(EXAMPLES / "my_grammar.yaml").model_copy(update={"budget": Budget(evaluations=14)})
+    spec = spec.model_copy(update={"workers": Workers(count=2, executor="process")})
+    job = archfront.run(spec, db=tmp_path / "l.db", plugins=[EXAMPLES / "my_grammar.py"])
+    status = job.status()["evaluations"]
+    assert (status["done"], status["failed"]) == (14, 0)
+    rows = job.front(fidelity="any", objectives=["accuracy", "params"]).to_pandas()
+    assert set(rows["fidelity"]) <= {2, 6}
+    assert 6 in job.front().to_pandas()["fidelity"].tolist()
+
+
+def test_the_documentation_shows_the_examples_as_they_are() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "spaces.md").read_text(), flags=re.DOTALL)
+    shown = [(EXAMPLES / name).read_text().strip() for name in ("my_grammar.py", "my_space.py")]
+    assert [block.strip() for block in blocks] == shown
 
 
 @pytest.mark.parametrize("name", ["digits.yaml", "ten.yaml"])
