@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -47,6 +47,10 @@ bench-million: venv
 
 bench-scale: venv
 	$(BIN)/python benchmarks/scale.py
+
+# A search on each space, and einspace against chance.
+bench-spaces: venv
+	$(BIN)/python benchmarks/space_searches.py
 
 # Needs a machine with nothing else to do.
 bench-latency: venv

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,29 @@ class Column:
     name: str
     choices: tuple[Any, ...]
     ordered: bool = False
+
+    def features(self, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``(n, features)`` of ``(n,)`` indices: scaled to [0, 1] where the order means something, else one-hot."""
+        found: npt.NDArray[Any]
+        if self.ordered:
+            found = indices[:, np.newaxis] / max(len(self.choices) - 1, 1)
+        else:
+            found = np.eye(len(self.choices), dtype=np.float32)[indices]
+        return found
+
+
+@runtime_checkable
+class ColumnSpace(Protocol):
+    """A space whose populations are ``(n, columns)`` matrices of ``int16`` indices, each of which is a genotype: what
+    samplers of vectors need. A space takes part by having these; ``ProductSpace`` does."""
+
+    columns: tuple[Column, ...]
+
+    def active(self, population: Population) -> npt.NDArray[np.bool_]:
+        """``(n, columns)``: which decisions count, given the others."""
+
+    def folded(self, population: Population) -> Population:
+        """The rows with a fixed choice wherever a decision does not count, as the space's own operators give them."""
 
 
 class ProductSpace(Space):
@@ -78,16 +101,28 @@ class ProductSpace(Space):
         changed = rng.random((count, len(self._open)), dtype=np.float32) < chance
         # One change is certain in each row, so that no mutant equals its parent.
         changed[np.arange(count), rng.integers(len(self._open), size=count)] = True
+        return self._changed(rng, children, changed)
+
+    def _changed(self, rng: np.random.Generator, population: Population, changed: npt.NDArray[np.bool_]) -> Population:
+        """The population, in place, with other choices at ``(n, open columns)`` places."""
         rows, opened = np.nonzero(changed)
         columns = self._open[opened]
         others = self.cardinalities[columns] - 1
         step = 1 + (rng.random(len(rows)) * others).astype(np.int64)
-        children[rows, columns] = (children[rows, columns] + step) % (others + 1)
-        return children
+        population[rows, columns] = (population[rows, columns] + step) % (others + 1)
+        return population
 
     def crossover(self, rng: np.random.Generator, first: Population, second: Population) -> Population:
         take_first = rng.random(first.shape, dtype=np.float32) < 0.5
         return np.where(take_first, first, second)
+
+    def active(self, population: Population) -> npt.NDArray[np.bool_]:
+        """``(n, columns)``: which decisions count, given the others; here all of them."""
+        return np.ones(population.shape, dtype=bool)
+
+    def folded(self, population: Population) -> Population:
+        """See ``ColumnSpace``; here the rows themselves."""
+        return population
 
     def canonical(self, population: Population) -> Population:
         return population
@@ -119,12 +154,7 @@ class ProductSpace(Space):
     def encode(self, population: Population) -> npt.NDArray[np.float32]:
         """One-hot for unordered columns, the index scaled to [0, 1] for ordered ones."""
         canonical = self.canonical(population)
-        parts: list[npt.NDArray[Any]] = []
-        for i, column in enumerate(self.columns):
-            if column.ordered:
-                parts.append(canonical[:, i : i + 1] / max(len(column.choices) - 1, 1))
-            else:
-                parts.append(np.eye(len(column.choices), dtype=np.float32)[canonical[:, i]])
+        parts = [column.features(canonical[:, i]) for i, column in enumerate(self.columns)]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
 

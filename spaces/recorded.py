@@ -23,6 +23,7 @@ class Recorded(Space):
     """
 
     name: ClassVar[str] = "recorded"
+    has_models = False
 
     def __init__(self, *, source: str) -> None:
         self.source = source

@@ -15,6 +15,8 @@ BUILT_IN = {
     "scaled": "archfront.spaces.scaled:Scaled",
     "einspace": "archfront.spaces.grammars.einspace:Einspace",
     "tabular": "archfront.spaces.grammars.tabular:Tabular",
+    "joint": "archfront.spaces.joint:Joint",
+    "bounded": "archfront.spaces.bounded:Bounded",
     "choices": "archfront.spaces.choices:Choices",
     "recorded": "archfront.spaces.recorded:Recorded",
 }

@@ -62,6 +62,9 @@ class Space(ABC):
     version: ClassVar[int] = 1
     """Raise it when a genotype's meaning changes: candidates of another version are never taken for the same."""
 
+    has_models: bool = True
+    """Whether ``build`` makes torch modules; False for plain choices, which evaluators read themselves."""
+
     @property
     @abstractmethod
     def config(self) -> Mapping[str, Any]:

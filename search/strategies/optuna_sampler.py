@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from archfront.search.strategies.optuna_settings import arguments, settings_of
 from archfront.search.strategies.optuna_study import CONSTRAINT, PlainCmaEsSampler, RewindableStorage, quiet, reseed
 from archfront.search.strategies.registry import OPTUNA_SAMPLERS
 from archfront.search.strategy import Ask, Problem, Proposals, Results, Strategy
-from archfront.spaces.product import ProductSpace
+from archfront.spaces.product import ColumnSpace
 from archfront.spaces.space import Population
 
 _TRIES = 10
@@ -61,7 +62,7 @@ class OptunaStrategy(Strategy):
     def __init__(self, _problem: Problem, **settings: Any) -> None:
         super().__init__(_problem)
         self.check(_problem)
-        assert isinstance(_problem.space, ProductSpace)
+        assert isinstance(_problem.space, ColumnSpace)
         self.columns = _problem.space.columns
         # The number keeps the columns' order where Optuna sorts by name, and equal names apart.
         self._names = [f"{i:04d} {column.name}" for i, column in enumerate(self.columns)]
@@ -94,9 +95,10 @@ class OptunaStrategy(Strategy):
     @classmethod
     def check(cls, problem: Problem) -> None:
         name = f"optuna:{cls.sampler}"
-        if not isinstance(problem.space, ProductSpace):
+        if not isinstance(problem.space, ColumnSpace):
+            problem_text = "serves finite product spaces only, where any choices together are a genotype"
             remedy = "Use random, regularized-evolution or nsga2."
-            raise InputError("strategy.name", name, "serves finite product spaces only", remedy)
+            raise InputError("strategy.name", name, problem_text, remedy)
         for package in _PACKAGES.get(cls.sampler, []):
             if importlib.util.find_spec(package) is None:
                 problem_text = f"needs the package {package!r}, which is not installed"
@@ -106,8 +108,10 @@ class OptunaStrategy(Strategy):
         if cls.sampler == "cmaes" and not any(c.ordered and len(c.choices) > 1 for c in problem.space.columns):
             remedy = f"Use {_others(['cmaes'])}."
             raise InputError("strategy.name", name, "has no ordered decision of this space to work on", remedy)
-        if cls.sampler == "grid" and problem.space.size > _LARGEST_GRID:
-            text = f"lists the whole space, and {problem.space.size} points are too many (limit {_LARGEST_GRID})"
+        # Not the space's size: the grid also lists decisions that do not count.
+        points = math.prod(len(column.choices) for column in problem.space.columns)
+        if cls.sampler == "grid" and points > _LARGEST_GRID:
+            text = f"lists the whole space, and {points} points are too many (limit {_LARGEST_GRID})"
             raise InputError("strategy.name", name, text, f"Use {_others(['grid'])}.")
 
     def ask(self, ask: Ask) -> Proposals:
@@ -275,7 +279,7 @@ class PartialFixedStrategy(OptunaStrategy):
 
     def __init__(self, _problem: Problem, fixed: dict[str, Any], base: str = "tpe") -> None:
         self.check(_problem)
-        assert isinstance(_problem.space, ProductSpace)
+        assert isinstance(_problem.space, ColumnSpace)
         known = sorted(set(OPTUNA_SAMPLERS) - {"partialfixed", "grid", "bruteforce"})
         if base not in known:
             raise InputError(

@@ -81,3 +81,13 @@ def test_few_shot(tmp_path: Path) -> None:
     if not os.environ.get("ARCHFRONT_DATA"):
         pytest.skip("needs the public latency tables: set ARCHFRONT_DATA")
     assert quick("few_shot.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_space_searches(tmp_path: Path) -> None:
+    found = quick("space_searches.py", tmp_path)
+    assert all(row["evaluations"] == 6 and row["front"] for row in found["spaces"])
+    assert len(found["spaces"]) >= 10
+    volumes = {row["search"]: row["hypervolume"] for row in found["einspace"]}
+    assert set(volumes) == {"RE(Mix)", "random", "seeds alone"}
+    assert all(0 < volume < 1 for volume in volumes.values())

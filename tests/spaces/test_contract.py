@@ -6,6 +6,11 @@ from tests.support.space_contract import check_models, check_space
 
 from archfront.spaces.registry import BUILT_IN, SPACES
 
+CONDITIONAL: dict[str, object] = {
+    "name": "choices",
+    "columns": {"use_se": [False, True], "se_ratio": [4, 8], "depth": [1, 2, 3], "width3": [16, 32]},
+    "when": {"se_ratio": {"use_se": [True]}, "width3": {"depth": [3]}},
+}
 CONFIGS: list[dict[str, object]] = [
     {"name": "fbnet"},
     {"name": "fbnet-tiny"},
@@ -21,6 +26,21 @@ CONFIGS: list[dict[str, object]] = [
     {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
     {"name": "tabular"},
     {"name": "choices", "columns": {"bits": [2, 4, 8], "kind": ["a", "b"]}},
+    CONDITIONAL,
+    {"name": "joint", "parts": {"network": {"name": "fbnet-tiny"}, "training": CONDITIONAL}},
+    {
+        "name": "joint",
+        "parts": {"network": {"name": "tabular"}, "training": CONDITIONAL, "norm": {"name": "evonorm"}},
+        "when": {"norm": {"training.se_ratio": [8]}},
+    },
+    {
+        "name": "joint",
+        "parts": {"network": {"name": "skan"}, "training": CONDITIONAL, "norm": {"name": "evonorm"}},
+        "when": {"norm": {"training.se_ratio": [8]}},
+    },
+    {"name": "bounded", "of": {"name": "fbnet-tiny"}, "macs": [2.0e6, 2.2e6], "params": [None, 1.5e5]},
+    {"name": "bounded", "of": {"name": "nasbench201"}, "params": [3.0e5, 5.0e5]},
+    {"name": "bounded", "of": {"name": "tabular"}, "params": [1000, 5000]},
 ]
 BUILT: list[dict[str, object]] = [
     {"name": "fbnet-tiny"},
@@ -33,6 +53,8 @@ BUILT: list[dict[str, object]] = [
     {"name": "skan", "kind": "conv", "resolution": 8, "widths": [4, 4]},
     {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
     {"name": "tabular"},
+    {"name": "joint", "parts": {"training": CONDITIONAL, "network": {"name": "skan", "resolution": 8, "widths": [8]}}},
+    {"name": "bounded", "of": {"name": "fbnet-tiny", "layers": 4}, "macs": [None, 3.0e5]},
 ]
 NOT_SEARCHED = {"recorded"}
 

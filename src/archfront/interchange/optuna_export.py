@@ -44,7 +44,8 @@ from archfront.interchange.optuna_storage import (
 )
 from archfront.interchange.registry import Written
 from archfront.search.strategies.optuna_study import quiet
-from archfront.spaces.product import ProductSpace
+from archfront.spaces.product import ColumnSpace
+from archfront.spaces.space import Space
 
 STEP = "step:"
 """Metrics of this name are what a trial reported at a step."""
@@ -105,14 +106,14 @@ class TrialMaker:
         self._created_at = float(job.row["created_at"])
         bad = sa.select(sa.literal(1)).where(Evaluation.job_id == job.id, Evaluation.violation > 0).limit(1)
         self._constrained = bool(job.spec["constraints"]) or connection.execute(bad).first() is not None
-        self._columns: list[str] | None = None
+        self._space: Space | None = None
         if job.spec["space"]["name"] == "recorded":
             self._distributions = _recorded(job.spec) or _observed(connection, job.id)
             return
         space = space_of(job)
         self._distributions = {}
-        if isinstance(space, ProductSpace):
-            self._columns = [column.name for column in space.columns]
+        if isinstance(space, ColumnSpace):
+            self._space = space
             self._distributions = {
                 column.name: CategoricalDistribution([_choice(choice) for choice in column.choices])
                 for column in space.columns
@@ -173,9 +174,12 @@ class TrialMaker:
         return datetime.fromtimestamp(min(started, finished)), datetime.fromtimestamp(finished)
 
     def _params(self, genotype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parameters, and the genotype as an attribute where they do not hold all of it."""
-        if self._columns is not None:
-            return {name: _choice(choice) for name, choice in zip(self._columns, genotype, strict=True)}, {}
+        """Parameters, and the genotype as an attribute where they do not hold all of it. A decision that does not
+        count is no parameter of the trial, as Optuna has it."""
+        if isinstance(self._space, ColumnSpace):
+            rows = self._space.from_json([genotype])
+            decided = zip(self._space.columns, rows[0], self._space.active(rows)[0], strict=True)
+            return {column.name: _choice(column.choices[i]) for column, i, active in decided if active}, {}
         params = {}
         if isinstance(genotype, dict):
             for name, value in genotype.items():
