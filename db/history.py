@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from archfront.db.columns import load_columns
-from archfront.db.records import AskRecord, StoredEvaluation
-from archfront.db.schema import AskRow, Attempt, Candidate, Evaluation, Run
+from archfront.db.records import AskRecord, PredictorRecord, StoredEvaluation
+from archfront.db.schema import AskRow, Attempt, Candidate, Evaluation, PredictorRow, Run
 
 _ASKS = 500
 _EVALUATIONS = 10_000
@@ -63,6 +63,16 @@ class History:
         for start in range(0, self.evaluation_count, _EVALUATIONS):
             within = (Evaluation.number >= start) & (Evaluation.number < start + _EVALUATIONS)
             yield from self._read(partial(_evaluations, self._job_id, within))
+
+    def predictors(self) -> list[PredictorRecord]:
+        """The versions that were fitted while the job ran, in order."""
+        found: list[PredictorRecord] = self._read(partial(_predictors, self._job_id))
+        return found
+
+    def measured(self, names: Sequence[str]) -> npt.NDArray[np.float64]:
+        """``(n, len(names))``: these metrics of each evaluation that is done and has all of them, in order of seq."""
+        found: npt.NDArray[np.float64] = self._read(partial(_measured, self._job_id, names))
+        return found
 
     @property
     def finished(self) -> list[int]:
@@ -170,6 +180,21 @@ def _evaluations(job_id: int, within: sa.ColumnElement[bool], connection: Connec
     )  # fmt: skip
     names = StoredEvaluation.__slots__
     return [StoredEvaluation(**dict(zip(names, row, strict=True))) for row in connection.execute(query)]
+
+
+def _predictors(job_id: int, connection: Connection) -> list[PredictorRecord]:
+    query = sa.select(PredictorRow.pairs, PredictorRow.version, PredictorRow.evaluator, PredictorRow.state)
+    rows = connection.execute(query.where(PredictorRow.job_id == job_id).order_by(PredictorRow.pairs))
+    return [PredictorRecord(pairs=p, version=v, evaluator=e, state=s) for p, v, e, s in rows]
+
+
+def _measured(job_id: int, names: Sequence[str], connection: Connection) -> npt.NDArray[np.float64]:
+    columns = load_columns(connection, job_id)
+    if not all(name in columns for name in names):
+        return np.empty((0, len(names)))
+    values = np.stack([columns[name] for name in names], axis=1)
+    whole: npt.NDArray[np.bool_] = (columns["done"] == 1) & np.isfinite(values).all(axis=1)
+    return np.asarray(values[whole])
 
 
 def _elapsed(connection: Connection, job_id: int) -> float:

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from archfront.db.columns import FIXED, Columns, load_columns
 from archfront.db.dominance import nondominated
 from archfront.db.expressions import Condition
-from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow, Reuse
+from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow, PredictorRow, Reuse
 from archfront.errors import InputError, suggestion
 
 Fidelity = int | Literal["top", "any"]
@@ -229,6 +229,17 @@ def failures(connection: Connection, job_id: int, limit: int = 20) -> list[dict[
         .limit(limit)
     )
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def latest_predictor(connection: Connection, job_id: int) -> dict[str, Any] | None:
+    """The newest version that was fitted while the job ran: version, pairs, evaluator, and its median relative errors
+    after and before, if it says so."""
+    query = sa.select(PredictorRow).where(PredictorRow.job_id == job_id).order_by(PredictorRow.pairs.desc()).limit(1)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        return None
+    errors = {name: row["state"].get(name) for name in ("error", "error_before")}
+    return {name: row[name] for name in ("version", "pairs", "evaluator")} | errors
 
 
 def _stored_front(connection: Connection, job_id: int, fidelity: Fidelity, seq: int | None) -> list[int]:

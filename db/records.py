@@ -27,6 +27,7 @@ class AskRecord:
         keys: hex digests of the candidates.
         genotypes: plain data.
         memory: what the strategy wants back on replay.
+        predictor: version that its evaluations predict with, in a job that learns while it runs.
     """
 
     number: int
@@ -82,6 +83,16 @@ class AttemptRecord:
     message: str
     traceback: str | None = None
     worker: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class PredictorRecord:
+    """A version of an evaluator's predictor, fitted to the job's first ``pairs`` measured pairs; ``state`` is JSON."""
+
+    pairs: int
+    version: str
+    evaluator: str
+    state: Mapping[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)

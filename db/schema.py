@@ -125,6 +125,7 @@ class AskRow(Base):
     """One question to the strategy: what it knew (``told`` results) and what it answered (evaluations from ``first``).
 
     What was in flight then is the evaluations numbered below ``first`` whose ``seq`` is null or above ``told``.
+    ``predictor`` is the version that its evaluations predict with, a row of ``predictors``; null before the first.
     """
 
     __tablename__ = "asks"
@@ -138,6 +139,22 @@ class AskRow(Base):
     predictor: Mapped[str | None] = mapped_column(String(64))
     asked_at: Mapped[float]
     __table_args__ = (_CLUSTERED,)
+
+
+class PredictorRow(Base):
+    """A version of what predicts in a job that learns while it runs: fitted to its first ``pairs`` measured pairs.
+
+    ``state`` is what a prediction follows from, besides what the evaluator prepared.
+    """
+
+    __tablename__ = "predictors"
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    pairs: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    version: Mapped[str] = mapped_column(String(64))
+    evaluator: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    state: Mapped[dict[str, Any]]
+    made_at: Mapped[float]
+    __table_args__ = (UniqueConstraint("job_id", "version"), _CLUSTERED)
 
 
 class Candidate(Base):

@@ -17,7 +17,7 @@ from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_row
 from archfront.db.connection import Patience, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
-from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
+from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, PredictorRecord
 from archfront.db.schema import WORKER_LENGTH, ColumnChunk, FrontMember, Job, Lease
 from archfront.errors import LeaseLostError, LedgerError
 
@@ -52,6 +52,7 @@ class JobWriter:
         asks: Sequence[AskRecord] = (),
         finished: Sequence[FinishedRecord] = (),
         attempts: Sequence[AttemptRecord] = (),
+        predictors: Sequence[PredictorRecord] = (),
     ) -> bool:
         """Write all of it in one transaction, and prolong the lease.
 
@@ -67,6 +68,7 @@ class JobWriter:
         tail_start = len(self._tail)
 
         def step(connection: Connection, moment: float) -> None:
+            self._write_predictors(connection, predictors, moment)
             self._write_asks(connection, asks, moment)
             self._write_attempts(connection, attempts, moment)
             del self._tail[tail_start:]
@@ -158,6 +160,15 @@ class JobWriter:
             f"Job {self.job_id} is driven by another run now; this one stops. Nothing is lost: "
             f"see `archfront status {self.job_id}`."
         )
+
+    def _write_predictors(self, connection: Connection, made: Sequence[PredictorRecord], moment: float) -> None:
+        if made:
+            self._bulk.insert(
+                connection,
+                "predictors",
+                ("job_id", "pairs", "version", "evaluator", "state", "made_at"),
+                [(self.job_id, p.pairs, p.version, p.evaluator, json.dumps(p.state), moment) for p in made],
+            )
 
     def _write_asks(self, connection: Connection, asks: Sequence[AskRecord], moment: float) -> None:
         if not asks:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from archfront.evaluators.learning import Learned
 from archfront.plugins import Plugin
 from archfront.spaces.space import Genotype, Space
 
@@ -63,6 +64,7 @@ class Task:
         seed: function of the job's seed, the candidate and the repeat; the same at every fidelity.
         final: a finalist's long evaluation after the search: only here may the test split be looked at, and what is
             kept is the finished model.
+        learned: what the job's learning evaluator knew when this was asked for (see ``learning.Learning``), or None.
     """
 
     number: int
@@ -72,6 +74,7 @@ class Task:
     repeat: int
     seed: int
     final: bool = False
+    learned: Learned | None = None
 
 
 @dataclass(kw_only=True)

@@ -266,7 +266,7 @@ def _seedings(ledger: Ledger, job: ResolvedJob) -> list[Seeding]:
         source, count = int(job.spec.warm_start.job), job.spec.warm_start.count
         seedings.append(Seeding(source="warm_start", genotypes=_warm_start(ledger, job, source, count)))
     if job.spec.seeds:
-        seedings.append(Seeding(source="seeds", genotypes=job.spec.seeds))
+        seedings.append(Seeding(source="seeds", genotypes=job.space.genotypes_of(job.spec.seeds)))
     return seedings
 
 

@@ -27,7 +27,9 @@ from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, Metri
 from archfront.db.writer import JobWriter
 from archfront.errors import JobFailedError
 from archfront.evaluators.evaluator import Metric, Task
+from archfront.evaluators.learning import Learned
 from archfront.search.executors.executor import BatchResult, Executor
+from archfront.search.learning import Learner
 from archfront.search.progress import Progress, Tally
 from archfront.search.resolve import NonFiniteError, ResolvedJob
 from archfront.search.shared_results import SharedResults
@@ -110,6 +112,7 @@ class Engine:
         self._new_asks: list[AskRecord] = []
         self._new_finished: list[FinishedRecord] = []
         self._new_attempts: list[AttemptRecord] = []
+        self._learner = Learner(job.evaluators, history)
         self._restore(history)
         self._written = self._asked
         self._last_commit = 0.0
@@ -194,6 +197,7 @@ class Engine:
         fidelities = proposals.fidelities.tolist()
         # As a replay will see it: what the ledger keeps of an ask is how many proposals came of it.
         self._strategy.asked(replace(ask, count=len(keys)), proposals)
+        learned = self._learner.current
         self._new_asks.append(
             AskRecord(
                 number=ask.number,
@@ -205,10 +209,11 @@ class Engine:
                 fidelities=fidelities,
                 repeats=[0] * len(keys),
                 memory=proposals.memory,
+                predictor=None if learned is None else learned.version,
             )
         )
         for offset, (genotype, key, fidelity) in enumerate(zip(genotypes, keys, fidelities, strict=True)):
-            self._add_open(ask.first + offset, genotype, key, fidelity, 0)
+            self._add_open(self._task(ask.first + offset, genotype, key, fidelity, 0, learned))
         self._look_up(range(ask.first, ask.first + len(keys)))
         self._asks += 1
         self._asked += len(keys)
@@ -248,13 +253,17 @@ class Engine:
             self._strategy.tell(_results(self._untold, self._job.problem.objectives))
             self._untold = []
 
-    def _add_open(self, number: int, genotype: Any, key: str, fidelity: int, repeat: int, attempts: int = 0) -> None:
-        self._open[number] = _Open(self._task(number, genotype, key, fidelity, repeat), attempts)
-        heapq.heappush(self._queue, number)
+    def _add_open(self, task: Task, attempts: int = 0, *, alone: bool = False) -> None:
+        self._open[task.number] = _Open(task, attempts, alone=alone)
+        heapq.heappush(self._queue, task.number)
 
-    def _task(self, number: int, genotype: Any, key: str, fidelity: int, repeat: int) -> Task:
-        seed = self._job.task_seed(key, repeat)
-        return Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed)
+    def _task(
+        self, number: int, genotype: Any, key: str, fidelity: int, repeat: int, learned: Learned | None = None
+    ) -> Task:
+        return Task(
+            number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat,
+            seed=self._job.task_seed(key, repeat), learned=learned,
+        )  # fmt: skip
 
     # Results of other jobs.
 
@@ -376,6 +385,8 @@ class Engine:
         violation = math.inf if record.violation is None else record.violation
         self._untold.append((record.number, record.fidelity, record.objectives, violation))
         self._tally.count(record.state, record.fidelity, record.objectives)
+        # Before the next ask: the version in force is a function of the results that the ask knows.
+        self._learner.take(record)
         self._plan()
 
     def _commit(self) -> bool:
@@ -383,8 +394,8 @@ class Engine:
         new = bool(self._new_asks or self._new_finished or self._new_attempts)
         if not new and time.monotonic() - self._last_commit < _LOOK_S:
             return False
-        cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts)
-        self._new_asks, self._new_finished, self._new_attempts = [], [], []
+        cancel = self._writer.commit(self._new_asks, self._new_finished, self._new_attempts, self._learner.new)
+        self._new_asks, self._new_finished, self._new_attempts, self._learner.new = [], [], [], []
         self._last_commit = time.monotonic()
         self._written = self._asked
         self._changed |= new
@@ -422,6 +433,7 @@ class Engine:
     def _restore(self, history: History) -> None:
         """Replay the ledger's asks and results, and queue what was written ahead."""
         told = 0
+        waiting: dict[int, Learned | None] = dict.fromkeys(e.ask for e in history.unfinished)
         for record in history.replay():
             if record.told > told:
                 self._strategy.tell(_past_results(history, told, record.told))
@@ -429,6 +441,8 @@ class Engine:
             ask = Ask(number=record.number, count=record.count, first=record.first, seed=self._job.spec.seed)
             self._strategy.asked(ask, self._stored_proposals(record))
             self._seedings = [s for s in self._seedings if s.source != record.source]
+            if record.number in waiting:
+                waiting[record.number] = self._learner.version(record.predictor)
         self._asks = history.ask_count
         self._asked = history.evaluation_count
         self._tally = Tally(history.elapsed_s)
@@ -447,8 +461,8 @@ class Engine:
             tasks = [self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat) for e in ended]
             self._executor.recall(list(zip(tasks, points, strict=True)))
         for e in history.unfinished:
-            self._add_open(e.number, e.genotype, e.key, e.fidelity, e.repeat, e.attempts)
-            self._open[e.number].alone = e.number in history.suspects
+            task = self._task(e.number, e.genotype, e.key, e.fidelity, e.repeat, waiting[e.ask])
+            self._add_open(task, e.attempts, alone=e.number in history.suspects)
         self._look_up(list(self._open))
 
     def _stored_proposals(self, record: AskRecord) -> Proposals:

@@ -132,7 +132,9 @@ class JobSpec(_Section):
     budget: Budget
     workers: Workers = Workers()
     finalists: Finalists = Finalists()
-    seeds: Annotated[list[Any], Field(description="genotypes to evaluate first")] = []
+    seeds: Annotated[
+        list[Any], Field(description="genotypes to evaluate first, or names of members that the space knows")
+    ] = []
     warm_start: WarmStart | None = None
     reuse: Annotated[
         bool, Field(description="take results of other jobs of this database that evaluated the same in the same way")

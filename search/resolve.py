@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from archfront.db.columns import FIXED
 from archfront.db.expressions import Condition, Constraint, parse_constraint
 from archfront.errors import InputError, suggestion
@@ -17,6 +19,7 @@ from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric,
 from archfront.evaluators.registry import EVALUATORS
 from archfront.registry import validated_arguments
 from archfront.search.job import JobSpec, Tune
+from archfront.search.learning import learning_evaluator
 from archfront.search.strategies.halving import with_halving
 from archfront.search.strategies.registry import STRATEGIES
 from archfront.search.strategy import Problem, Strategy
@@ -99,12 +102,14 @@ def resolve(spec: JobSpec) -> ResolvedJob:
             combinations that cannot work. The message names the field, the value and the remedy.
     """
     space = SPACES.build(spec.space, "space")
+    space.sample(np.random.default_rng(0), 1)  # bounds that leave nothing are refused here, not by a worker
     if spec.seeds:
-        space.from_json(spec.seeds)
+        space.genotypes_of(spec.seeds)
     evaluators = build_evaluators(spec)
     context = EvaluationContext(space=space, data=spec.data, threads=max(1, int(spec.workers.cpus)))
     for _, evaluator in evaluators:
         evaluator.check(context)
+    learning_evaluator(evaluators)
     _check_workers(spec, evaluators)
     if spec.reuse and spec.engine == "tune":
         remedy = "Leave one of them out: Tune's schedulers hear only of what its own trials evaluated."

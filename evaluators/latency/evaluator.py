@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from archfront.errors import InputError
 from archfront.evaluators.costs import InputShaped
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
 from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint, check_device, fingerprint
+from archfront.evaluators.latency.feedback import LEAST_PAIRS, Feedback, fit_feedback
 from archfront.evaluators.latency.measurement import MeasurementError, measured_elsewhere
 from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.predictors.network import FORMAT as NETWORK_FORMAT
@@ -22,10 +27,16 @@ from archfront.spaces.blocks import BlockSpace
 _PROCESS_TIMEOUT_S = 600.0
 _CONFIDENCE, _DEVIATIONS = 0.9, 1.6449
 """An interval of this confidence reaches so many standard deviations to either side, where errors are normal."""
+_VERIFIED_BATCH = 32
+"""Tasks a call where some are measured: thousands would keep their results back for minutes."""
 
 
 class Latency(Evaluator):
     """``latency_ms``: the time of one forward pass of a batch.
+
+    With ``verify`` it is ``Learning``. A candidate that is measured too has the measured ``latency_ms``; beside it
+    stand ``latency_predicted_ms``, what would else have been reported, and ``latency_base_ms``, the prediction before
+    any correction by such pairs.
 
     Args:
         device: ``local-cpu``, the processor that the workers run on.
@@ -36,9 +47,11 @@ class Latency(Evaluator):
             a fresh process, which takes seconds.
         backend: ``eager``, ``compile`` (``torch.compile``), ``onnx`` (ONNX Runtime on a processor, extra
             ``archfront[onnx]``) or ``cuda-graph``; ``operators`` knows ``eager`` alone.
+        verify: share of the candidates, from 0 to 1, that are measured as in mode ``measure`` besides being predicted;
+            what is found corrects the predictions of those that follow.
 
     Raises:
-        InputError: an unknown device, mode or backend, or a number below 1.
+        InputError: an unknown device, mode or backend, a number below 1, or a share that is none.
     """
 
     name: ClassVar[str] = "latency"
@@ -52,6 +65,7 @@ class Latency(Evaluator):
         threads: int = 1,
         mode: Literal["table", "operators", "measure"] = "table",
         backend: Literal["eager", "compile", "onnx", "cuda-graph"] = "eager",
+        verify: float = 0.0,
     ) -> None:
         # Whether a GPU is there is asked on the worker: the job may be read on a host that has none.
         if device != LOCAL_CPU and not re.fullmatch(r"cuda:\d+", device):
@@ -73,12 +87,18 @@ class Latency(Evaluator):
         if mode == "operators" and backend != "eager":
             remedy = "Give backend 'eager', or mode 'table' or 'measure'."
             raise InputError("evaluators.latency.backend", backend, "has no prices of single operators", remedy)
+        if not 0 <= verify <= 1:
+            raise InputError("evaluators.latency.verify", verify, "is no share", "Give a number from 0 to 1.")
+        if verify and mode == "measure":
+            remedy = "Leave it out, or choose mode 'table' or 'operators'."
+            raise InputError("evaluators.latency.verify", verify, "is for predictions, and all are measured", remedy)
         self.device = device
         self.batch = batch
         self.threads = threads
         self.mode = mode
         self.backend = backend
-        self.batch_size = {"table": 4096, "operators": 64, "measure": 8}[mode]
+        self.verify = verify
+        self.batch_size = _VERIFIED_BATCH if verify else {"table": 4096, "operators": 64, "measure": 8}[mode]
         self._table: tuple[dict[str, Any], LatencyTable] | None = None
         self._network: tuple[dict[str, Any], GenotypeLatency] | None = None
 
@@ -126,20 +146,56 @@ class Latency(Evaluator):
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
         if not tasks:
             return []
-        modes = {"table": self._predicted, "operators": self._priced, "measure": self._measured}
-        return modes[self.mode](tasks, context)
+        if self.mode == "measure":
+            found = [self._measured(task, context) for task in tasks]
+            return [m if isinstance(m, Exception) else Evaluated({"latency_ms": m}) for m in found]
+        bases = (self._by_table if self.mode == "table" else self._by_operators)(tasks, context)
+        return [
+            base if isinstance(base, Exception) else self._reported(task, base, context)
+            for task, base in zip(tasks, bases, strict=True)
+        ]
 
-    def _predicted(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
+    @property
+    def pair_metrics(self) -> Sequence[str]:
+        return ("latency_base_ms", "latency_ms") if self.verify else ()
+
+    @property
+    def least_pairs(self) -> int:
+        return LEAST_PAIRS
+
+    def refit(self, pairs: npt.NDArray[np.float64]) -> Mapping[str, Any]:
+        return fit_feedback(pairs).to_json()
+
+    def _reported(self, task: Task, base: Metric, context: EvaluationContext) -> Evaluated | Exception:
+        predicted = self._corrected(base, task)
+        # Finalists are measured on their own.
+        if task.final or task.seed >= self.verify * 2**63:
+            return Evaluated({"latency_ms": predicted})
+        measured = self._measured(task, context)
+        if isinstance(measured, Exception):
+            return measured  # it fails, as in mode ``measure``
+        return Evaluated({"latency_ms": measured, "latency_predicted_ms": predicted, "latency_base_ms": base})
+
+    def _corrected(self, base: Metric, task: Task) -> Metric:
+        """A prediction of the job's present version; the base itself before the first."""
+        if task.learned is None:
+            return base
+        feedback = Feedback.from_json(task.learned.state)
+        ms = feedback.ms(base.value)
+        share = feedback.relative_width(_CONFIDENCE) / _DEVIATIONS
+        return replace(base, value=ms, std=share * ms, predictor=f"{base.predictor}@{task.learned.version}")
+
+    def _by_table(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Metric | Exception]:
         space = _blocks(context)
         table = self._table_of(context)
         values, stds = table.predict(space, space.from_json([task.genotype for task in tasks]))
         predictor, device = f"table:{table.digest[:8]}", str(table.device["digest"])
         return [
-            Evaluated({"latency_ms": Metric(float(value), "predicted", float(std), predictor, device)})
+            Metric(float(value), "predicted", float(std), predictor, device)
             for value, std in zip(values, stds, strict=True)
         ]
 
-    def _priced(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
+    def _by_operators(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Metric | Exception]:
         artifact = context.artifacts.get(self.name)
         if not artifact:
             raise MeasurementError("The operators' profile is missing: prepare() has to run before evaluate().")
@@ -154,43 +210,35 @@ class Latency(Evaluator):
         # Constraints count in standard deviations: of the normal distribution with the same interval.
         share = prices.predictor.relative_width(_CONFIDENCE) / _DEVIATIONS
         device = str(artifact["device"]["digest"])
-        results: list[Evaluated | Exception] = []
+        results: list[Metric | Exception] = []
         for found in prices.of([task.genotype for task in tasks]):
             if isinstance(found, Exception):
                 results.append(found)
                 continue
             ms, guessed = found
             std = share * ms if math.isfinite(share) else None
-            metric = Metric(ms, "predicted", std, version + ("+trees" if guessed else ""), device)
-            results.append(Evaluated({"latency_ms": metric}))
+            results.append(Metric(ms, "predicted", std, version + ("+trees" if guessed else ""), device))
         return results
 
     def _fingerprint(self) -> Fingerprint:
         return fingerprint(self.threads, check_device(self.device, "evaluators.latency.device"))
 
-    def _measured(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Evaluated | Exception]:
-        config = {"name": context.space.name, **context.space.config}
-        results: list[Evaluated | Exception] = []
-        for task in tasks:
-            item = {"genotype": task.genotype, "batch": self.batch, "backend": self.backend}
-            try:
-                [timing], environment = measured_elsewhere(
-                    config,
-                    [item],
-                    threads=self.threads,
-                    timeout_s=_PROCESS_TIMEOUT_S,
-                    plugins=context.plugins,
-                    device=self.device,
-                )
-                if timing.error is not None:
-                    raise MeasurementError(timing.error)
-            except Exception as error:
-                results.append(error)
-                continue
-            device = environment["device"]["digest"]
-            metric = Metric(timing.median_ms, "measured", timing.std_ms, None, device)
-            results.append(Evaluated({"latency_ms": metric}))
-        return results
+    def _measured(self, task: Task, context: EvaluationContext) -> Metric | Exception:
+        """In a process of its own: a process shifts all of its figures, and errors are to be independent."""
+        try:
+            [timing], environment = measured_elsewhere(
+                {"name": context.space.name, **context.space.config},
+                [{"genotype": task.genotype, "batch": self.batch, "backend": self.backend}],
+                threads=self.threads,
+                timeout_s=_PROCESS_TIMEOUT_S,
+                plugins=context.plugins,
+                device=self.device,
+            )
+            if timing.error is not None:
+                raise MeasurementError(timing.error)
+        except Exception as error:
+            return error
+        return Metric(timing.median_ms, "measured", timing.std_ms, None, environment["device"]["digest"])
 
     def _table_of(self, context: EvaluationContext) -> LatencyTable:
         artifact = context.artifacts.get(self.name)

@@ -11,14 +11,19 @@ from archfront.search.worker import Outcome
 
 
 def pack_tasks(tasks: Sequence[Task]) -> bytes:
-    return pickle.dumps([(t.number, t.genotype, t.key, t.fidelity, t.repeat, t.seed, t.final) for t in tasks], 5)
+    # Pickle writes what tasks share once: a batch carries each version that it needs a single time.
+    rows = [(t.number, t.genotype, t.key, t.fidelity, t.repeat, t.seed, t.final, t.learned) for t in tasks]
+    return pickle.dumps(rows, 5)
 
 
 def unpack_tasks(packed: bytes) -> list[Task]:
     return [
-        Task(number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed, final=final)
-        for number, genotype, key, fidelity, repeat, seed, final in pickle.loads(packed)
-    ]
+        Task(
+            number=number, genotype=genotype, key=key, fidelity=fidelity, repeat=repeat, seed=seed, final=final,
+            learned=learned,
+        )
+        for number, genotype, key, fidelity, repeat, seed, final, learned in pickle.loads(packed)
+    ]  # fmt: skip
 
 
 def pack_outcomes(outcomes: Sequence[Outcome]) -> bytes:

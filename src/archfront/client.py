@@ -16,6 +16,7 @@ from archfront.db.queries import (
     front_numbers,
     front_table,
     job_objectives,
+    latest_predictor,
     seq_at,
     seq_of,
     top_fidelity,
@@ -159,6 +160,7 @@ class Job:
             fidelity = top_fidelity(connection, self.id)
             members = len(front_numbers(connection, self.id, FrontQuery()))
             reused = count_reused(connection, self.id)
+            predictor = latest_predictor(connection, self.id)
         return {
             "id": self.id,
             "name": row["name"],
@@ -169,6 +171,7 @@ class Job:
             "budget": row["spec"]["budget"],
             "fidelity": fidelity,
             "front": members,
+            "predictor": predictor,
             "created_at": row["created_at"],
             "finished_at": row["finished_at"],
             "driver": None if holder is None else {key: holder[key] for key in ("host", "pid")},

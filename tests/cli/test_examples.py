@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,6 +13,7 @@ import archfront
 from archfront.cli.main import main
 from archfront.search.job import Budget, Workers, read_spec
 from archfront.search.resolve import resolve
+from archfront.spaces.registry import SPACES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -57,6 +59,16 @@ def test_the_documentation_shows_the_examples_as_they_are() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "spaces.md").read_text(), flags=re.DOTALL)
     shown = [(EXAMPLES / name).read_text().strip() for name in ("my_grammar.py", "my_space.py")]
     assert [block.strip() for block in blocks] == shown
+
+
+def test_the_spaces_of_the_documentation_are_searched() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "spaces.md").read_text(), flags=re.DOTALL)
+    jobs = [yaml.safe_load(block) for block in blocks]
+    assert {job["space"]["name"] for job in jobs} >= {"einspace", "choices", "joint", "bounded"}
+    for job in jobs:
+        space = SPACES.build(job["space"], "space")
+        members = [*space.to_json(space.sample(np.random.default_rng(0), 3)), *space.genotypes_of(job.get("seeds", []))]
+        assert all(space.describe(genotype) for genotype in members)
 
 
 @pytest.mark.parametrize("name", ["digits.yaml", "ten.yaml"])

@@ -20,7 +20,7 @@ from archfront.db import columns, moving
 from archfront.db.connection import open_engine, parse_url, write
 from archfront.db.ledger import Ledger
 from archfront.db.moving import move
-from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord
+from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, PredictorRecord
 from archfront.db.schema import AskRow, Controller, Evaluation
 from archfront.errors import ArchfrontError
 from archfront.plugins import read_plugins
@@ -37,7 +37,10 @@ def fill(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         job = ledger.create_job(name, SPEC, "s" * 32, work_digest="w", files=None)
         run = ledger.begin_run(job, {"code": name})
         writer = ledger.writer(job, run, SIGNS)
-        writer.commit([ask(0, 0, 6), odd_ask(6)])
+        learned = PredictorRecord(
+            pairs=8, version="8-ab", evaluator="latency", state={"widths": [[0.9, None]], "a": 0.1}
+        )
+        writer.commit([ask(0, 0, 6), odd_ask(6)], predictors=[learned])
         values = [done(n, {"gain": 0.1 * n, "cost": 1 / 3, "late": float("nan")}) for n in range(5)]
         wrong = AttemptRecord(
             number=5, attempt=1, kind="error", message="tab\there", traceback="line\nline\\", worker="w"

@@ -56,6 +56,7 @@ def test_csv_and_parquet_hold_everything(job: Job, tmp_path: Path) -> None:
     export_job(job, f"csv:{tmp_path}/c")
     tables = {
         "evaluations", "job", "asks", "attempts", "runs", "metrics", "front_members", "reuses", "benchmarks", "devices",
+        "predictors",
     }  # fmt: skip
     assert {path.stem for path in (tmp_path / "p").iterdir()} == tables
     assert {path.name for path in (tmp_path / "c").iterdir()} == {f"{name}.csv" for name in tables}

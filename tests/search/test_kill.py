@@ -82,6 +82,12 @@ JOBS = {
         evaluator={"sleep_s": 0.05, "fidelities": [1, 3], "misdeed": "raise", "every": 17},
         workers={"executor": "process"},
     ),
+    "learning": synthetic_job(
+        40,
+        evaluators=[{"name": "learner", "sleep_s": 0.05}],
+        workers={"executor": "process"},
+        constraints=["cost <= 26 @ 95%"],
+    ),
     "tpe": synthetic_job(
         30, evaluator={"sleep_s": 0.05}, strategy={"name": "optuna:tpe"}, workers={"executor": "process"}
     ),
@@ -89,9 +95,11 @@ JOBS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [("nsga2-halving-failures", 2), pytest.param("tpe", 1, marks=pytest.mark.slow)]
+    ("name", "kills"),
+    [("nsga2-halving-failures", 2), ("learning", 1), pytest.param("tpe", 1, marks=pytest.mark.slow)],
 )
 def test_killed_and_resumed_equals_unbroken(tmp_path: Path, plugin: Path, name: str, kills: int) -> None:
+    plugin = plugin.with_name("learner.py") if name == "learning" else plugin
     counted = run_with_kills(tmp_path, JOBS[name], plugin, kills=kills, seed=1)
     assert_same_ledger(tmp_path, JOBS[name], plugin, counted)
 

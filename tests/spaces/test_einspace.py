@@ -11,7 +11,6 @@ from torch import nn
 
 from archfront.errors import InputError
 from archfront.evaluators.costs import count
-from archfront.evaluators.training_loop import torch_threads
 from archfront.spaces.grammars.derivation import count_nodes
 from archfront.spaces.grammars.einspace import Einspace
 from archfront.spaces.grammars.einspace_seeds import SEEDS
@@ -85,23 +84,21 @@ def check_costs(space: Einspace, population: Population) -> None:
 def test_samples_build_run_and_train() -> None:
     """Every fiftieth of 10,000; ``test_all_samples_build_run_and_train`` takes them all."""
     population = LIGHT.sample(np.random.default_rng(0), DRAWN // STRIDE)
-    with torch_threads(1):
-        check_costs(LIGHT, population)
-        check_models(LIGHT, population)
+    check_costs(LIGHT, population)
+    check_models(LIGHT, population)
 
 
 @pytest.mark.slow
 def test_all_samples_build_run_and_train() -> None:
     rng = np.random.default_rng(1)
     seconds: list[float] = []
-    with torch_threads(1):  # threads that wait for each other cost more than these networks
-        for number in range(DRAWN):
-            begun = time.perf_counter()
-            population = LIGHT.sample(rng, 1)
-            seconds.append(time.perf_counter() - begun)
-            check_models(LIGHT, population)
-            if not number % STRIDE:
-                check_costs(LIGHT, population)
+    for number in range(DRAWN):
+        begun = time.perf_counter()
+        population = LIGHT.sample(rng, 1)
+        seconds.append(time.perf_counter() - begun)
+        check_models(LIGHT, population)
+        if not number % STRIDE:
+            check_costs(LIGHT, population)
     print(f"seconds a sample: median {np.median(seconds):.5f}, largest {max(seconds):.2f}")
 
 

@@ -11,6 +11,9 @@ _TABLES = {
     "asks": (
         "SELECT number, told, first, count, source, memory, predictor FROM asks WHERE job_id = :job ORDER BY number"
     ),
+    "predictors": (
+        "SELECT pairs, version, evaluator, CAST(state AS TEXT) FROM predictors WHERE job_id = :job ORDER BY pairs"
+    ),
     "evaluations": (
         "SELECT number, ask, key, genotype, fidelity, repeat, state, seq, attempts, violation, worker, error "
         "FROM evaluations JOIN candidates ON candidates.id = candidate_id WHERE job_id = :job ORDER BY number"

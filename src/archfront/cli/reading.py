@@ -81,6 +81,8 @@ def status(
         highlight=False,
         soft_wrap=True,
     )
+    if facts["predictor"]:
+        console.print(_learned(facts["predictor"]), highlight=False, markup=False, soft_wrap=True)
     if facts["driver"]:
         console.print(f"driven by process {facts['driver']['pid']} on {facts['driver']['host']}", highlight=False)
     for failure in facts["failures"]:
@@ -89,6 +91,13 @@ def status(
         console.print(head, markup=False, highlight=False, soft_wrap=True)
         if failure["traceback"]:
             console.print(failure["traceback"].rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _learned(predictor: dict[str, Any]) -> str:
+    words = f"{predictor['evaluator']} learned from {predictor['pairs']} measured candidates"
+    if isinstance(predictor["error"], float) and isinstance(predictor["error_before"], float):
+        words += f": median error {predictor['error']:.1%}, {predictor['error_before']:.1%} before"
+    return f"{words} (version {predictor['version']})"
 
 
 def front(
