@@ -142,7 +142,7 @@ def test_seeds_come_first_and_are_checked(tmp_path: Path, plugin: Path) -> None:
     seeds = [[1] * 8, [4] * 8]
     job = archfront.run(synthetic_job(10, seeds=seeds), db=tmp_path / "l.db", plugins=[plugin])
     assert [row[3] for row in dump(job.ledger, job.id)["evaluations"][:2]] == [str(s) for s in seeds]
-    with pytest.raises(InputError, match=r"genotype\[0\].*9"):
+    with pytest.raises(InputError, match=r"seeds\.0: 9 .*is not one of its choices"):
         archfront.run(synthetic_job(10, seeds=[[9] * 8]), db=tmp_path / "l.db", plugins=[plugin])
 
 
