@@ -199,7 +199,9 @@ def _among(connection: Connection, column: Any, numbers: Sequence[int]) -> sa.Co
         given = sa.func.json_each(json.dumps(list(numbers))).table_valued("value")
         found = column.in_(sa.select(given.c.value))
         return found
-    found = column == sa.any_(sa.literal(list(numbers), ARRAY(sa.BigInteger)))
+    # As one text: psycopg would look at each number of a list.
+    array = sa.cast(sa.func.string_to_array(",".join(map(str, numbers)), ","), ARRAY(sa.BigInteger))
+    found = column == sa.any_(array)
     return found
 
 
