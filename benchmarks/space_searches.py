@@ -177,7 +177,8 @@ def pictures(found: dict[str, Any]) -> None:
         winners.append(("einspace-mix", EINSPACE, max(mixed, key=lambda row: row["accuracy"])["genotype"]))
     PICTURES.mkdir(exist_ok=True)
     for name, config, genotype in winners:
-        svg = draw(SPACES.build(config, "space").describe(genotype))
+        svg = str(draw(SPACES.build(config, "space").describe(genotype)))
+        svg = svg.replace("<svg ", '<svg style="background:#fff" ', 1)
         (PICTURES / f"{name}.svg").write_text(f"{svg}\n", encoding="utf-8")
 
 
@@ -201,6 +202,7 @@ def main() -> None:
             found["einspace"] = einspace(evaluations, seeds, Path(folder))
     if not options.quick:
         pictures(found)
+    del facts["load_before"]  # accuracy and size do not depend on it
     columns = ("space", "evaluations", "failed", "front", "metric", "best", "params", "seconds")
     show("A search on each space", columns, [[row[c] for c in columns] for row in found.get("spaces", [])])
     table = []

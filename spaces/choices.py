@@ -71,7 +71,12 @@ class Choices(ConditionalSpace):
     def describe(self, genotype: Genotype) -> list[Layer]:
         [choices] = self.to_json(self.from_json([genotype]))
         return [
-            Layer(name=column.name, kind="inactive" if idle else str(choice), shape=(), size=0.0 if idle else 1.0)
+            Layer(
+                name=column.name,
+                kind=f"no {column.name}" if idle else f"{column.name} {choice}",
+                shape=(),
+                size=0.0 if idle else 1.0,
+            )
             for column, choice in zip(self.columns, choices, strict=True)
             for idle in [choice is None]
         ]

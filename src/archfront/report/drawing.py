@@ -1,4 +1,4 @@
-"""A model drawn as its layers: a bar each where they follow one another, a diagram where some stand side by side."""
+"""A model drawn as its layers: bars where they follow one another, a diagram where some stand side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import markupsafe
 
 from archfront.spaces.space import Layer
 
-_BAR, _GAP, _HEIGHT, _LABEL = 34, 6, 96, 64
+_BAR, _GAP, _HEIGHT, _LABEL, _LONG = 34, 6, 96, 72, 14
+"""Of bars, in pixels; and the most letters of a kind that fit below one."""
+
 _BOX, _LETTER, _LINK, _LANE, _FRAME, _CAPTION, _WIDEST = 22, 6.1, 14, 8, 8, 14, 1040
 """Of diagrams, in pixels: height of a box, width of a letter, gaps between boxes and between lanes, margin of a frame
 around lanes, height of its caption, and where a new line begins."""
@@ -18,7 +20,7 @@ around lanes, height of its caption, and where a new line begins."""
 
 def draw(layers: Sequence[Layer]) -> markupsafe.Markup:
     """An SVG of the layers from input to output."""
-    if any(layer.branches for layer in layers):
+    if any(layer.branches or len(layer.kind) > _LONG for layer in layers):
         return _diagram(layers)
     largest = max((layer.size for layer in layers), default=1.0) or 1.0
     # The last label leans out to the right.
