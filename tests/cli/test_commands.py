@@ -213,7 +213,8 @@ def test_a_read_only_folder(tmp_path: Path, plugin: Path) -> None:
         path.chmod(0o444)
     # Root may write anywhere, so the command gives its rights up before it begins.
     code = (
-        "import os, sys, sqlalchemy.dialects.sqlite, archfront.search.driver; from archfront.cli.main import main;"
+        "import os, sys, sqlalchemy.dialects.sqlite, archfront.search.driver, archfront.spaces.choices;"
+        "from archfront.cli.main import main;"
         "os.getuid() == 0 and os.setuid(65534); sys.argv = ['archfront', *sys.argv[1:]]; main()"
     )
     arguments = ["run", str(file), "--db", str(folder / "archfront.db"), "--plugin", str(folder / "plugin.py")]

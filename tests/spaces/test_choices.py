@@ -27,7 +27,7 @@ def test_round_trip_and_rebuild() -> None:
 
 def test_it_has_no_module_and_lists_its_decisions() -> None:
     space = Choices(columns={"a": [1, 2], "b": ["x"]})
-    assert [(row.name, row.kind) for row in space.describe([2, "x"])] == [("a", "2"), ("b", "x")]
+    assert [(row.name, row.kind) for row in space.describe([2, "x"])] == [("a", "a 2"), ("b", "b x")]
     with pytest.raises(InputError, match="no torch module"):
         space.build([1, "x"])
 
