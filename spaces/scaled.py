@@ -142,6 +142,6 @@ class Scaled(ProductSpace):
 def _rising(field: str, given: list[Any], low: float, high: float) -> tuple[Any, ...]:
     if not given or any(a >= b for a, b in pairwise(given)):
         raise InputError(f"space.{field}", given, "is empty or does not rise", "Give rising numbers.")
-    if given[0] < low or given[-1] > high:
+    if not all(low <= number <= high for number in given):  # so put that NaN fails it
         raise InputError(f"space.{field}", given, "is out of range", f"Give numbers from {low} to {high}.")
     return tuple(given)

@@ -187,7 +187,7 @@ class _Walk:
         join = self.grammar.families[symbol_join].get(children[-1] if children else "")
         if not isinstance(split, Split) or not isinstance(join, Join):
             raise DerivationError(path, f"{production.name} needs a {symbol_split} first and a {symbol_join} last")
-        states = split.infer(state)
+        states = split.states(state)
         if states is None:
             raise DerivationError((*path, 1), f"{split.name!r} does not fit {state}")
         bodies = children[1:-1]

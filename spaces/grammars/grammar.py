@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from archfront.errors import InputError
 
@@ -78,6 +78,22 @@ class Split:
     build: Callable[[State], nn.Module]
     shared: bool = False
     symmetric: bool = False
+
+    def states(self, state: State) -> tuple[State, ...] | None:
+        """What ``infer`` gives, checked.
+
+        Raises:
+            InputError: not one state for each branch, or unlike ones where the branches share a body.
+        """
+        found = self.infer(state)
+        if found is None:
+            return None
+        alike = not self.shared or all(one == found[0] for one in found)
+        if len(found) != self.branches or not alike:
+            problem = f"gives {found} for its {self.branches} branches from {state}"
+            remedy = "Give one state for each; equal ones where `shared` is true."
+            raise InputError(f"grammar: infer of {self.name}", found, problem, remedy)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +211,7 @@ class Grammar:
         known = {*self.rules, *self.terminals}
         if self.start not in self.rules:
             raise InputError("grammar.start", self.start, "has no productions", f"Give one of {sorted(self.rules)}.")
+        self._check_names()
         wanted: dict[str, tuple[type | None, ...]] = {
             "branch": (Split, None, Join), "bracket": (Operation, None, Operation),
         }  # fmt: skip
@@ -208,7 +225,10 @@ class Grammar:
                 if unknown or not p.symbols or not p.weight > 0:
                     problem = f"uses unknown symbols {unknown}, none, or a weight that is not positive"
                     raise InputError(f"{where}.{p.name}", list(p.symbols), problem, f"Known are {sorted(known)}.")
-                kinds = wanted.get(p.flow, (None,) * (1 if p.flow == "unit" else len(p.symbols)))
+                if p.flow not in get_args(Flow):
+                    raise InputError(f"{where}.{p.name}.flow", p.flow, "is unknown", f"Known: {get_args(Flow)}.")
+                plain = tuple(Operation if s in self.terminals else None for s in p.symbols)
+                kinds = wanted.get(p.flow, plain[:1] if p.flow == "unit" else plain)
                 fits = len(kinds) == len(p.symbols) and all(
                     kind is None or (s in self.terminals and all(isinstance(t, kind) for t in self.terminals[s]))
                     for kind, s in zip(kinds, p.symbols, strict=True)
@@ -216,6 +236,31 @@ class Grammar:
                 if not fits:
                     problem = f"does not fit a {p.flow}"
                     raise InputError(f"{where}.{p.name}", list(p.symbols), problem, "See Production.flow.")
+
+    def _check_names(self) -> None:
+        """Names that would be read as something else."""
+        made: dict[str, tuple[Flow, tuple[str, ...]]] = {}
+        for symbol, productions in self.rules.items():
+            for p in productions:
+                if made.setdefault(p.name, (p.flow, p.symbols)) != (p.flow, p.symbols):
+                    problem = "is another production elsewhere"
+                    raise InputError(f"grammar.rules.{symbol}", p.name, problem, "Give each a name of its own.")
+            places: dict[str, str] = {}
+            for family in self._through_units(symbol, ()):
+                for terminal in self.families[family]:
+                    if places.setdefault(terminal, family) != family:
+                        problem = f"stands in {places[terminal]} and {family}, which both may stand for {symbol}"
+                        raise InputError("grammar.terminals", terminal, problem, "Give each a name of its own.")
+
+    def _through_units(self, symbol: str, above: tuple[str, ...]) -> list[str]:
+        """The families whose terminals may stand bare in a symbol's place."""
+        if symbol in above:
+            problem = "leads back to itself by units alone"
+            raise InputError(f"grammar.rules.{symbol}", [*above, symbol], problem, "Take one of them away.")
+        if symbol in self.families:
+            return [symbol]
+        units = [p.symbols[0] for p in self.rules.get(symbol, ()) if p.flow == "unit" and p.symbols]
+        return [family for inner in units for family in self._through_units(inner, (*above, symbol))]
 
     def _least(self, worth: Callable[[Production, Mapping[str, int]], int]) -> dict[str, int]:
         least = {symbol: int(worth is _terminals) for symbol in self.terminals}

@@ -218,7 +218,7 @@ class Sampler:
             more = self.grammar.fewest[body] * copies * (terminal.branches - 2)
             if self._used.terminals + self._reserved + more > self.budget.terminals:
                 continue
-            states = terminal.infer(state)
+            states = terminal.states(state)
             if states is not None:
                 self._commit(Cost(), copies)
                 return terminal, states

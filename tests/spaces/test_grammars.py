@@ -155,6 +155,26 @@ def test_crossover_takes_from_both() -> None:
         ),
         ({"rules": {"S": [Production("a", "unit", ("t",), -1)]}}, "not positive"),
         ({"terminals": {"t": []}}, "repeats a name"),
+        ({"rules": {"S": [Production("a", "chian", ("t",))]}}, "is unknown"),  # type: ignore[arg-type]
+        ({"rules": {"S": [Production("a", "unit", ("t",)), Production("b", "unit", ("S",))]}}, "by units alone"),
+        (
+            {
+                "rules": {
+                    "S": [Production("a", "unit", ("t",)), Production("b", "chain", ("M", "M"))],
+                    "M": [Production("b", "chain", ("t", "t"))],
+                }
+            },
+            "another production elsewhere",
+        ),
+        (
+            {
+                "rules": {"S": [Production("a", "unit", ("t",)), Production("b", "unit", ("u",))]},
+                "terminals": {
+                    name: [Operation(name="x", infer=lambda s: s, build=lambda _: torch.nn.Identity())] for name in "tu"
+                },
+            },
+            "stands in t and u",
+        ),
     ],
 )
 def test_a_grammar_that_cannot_work_is_refused(changes: dict[str, object], words: str) -> None:
