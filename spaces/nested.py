@@ -35,12 +35,16 @@ def inside(outer: str, inner: str) -> Iterator[None]:
     """Errors about the field ``outer`` become errors about ``inner``, where the inner space stands."""
     try:
         yield
-    except InputErrors:
-        raise
+    except InputErrors as errors:
+        raise InputErrors([_moved(error, outer, inner) for error in errors.errors]) from errors
     except InputError as error:
-        if error.field.startswith(inner) or not error.field.startswith(outer):
-            raise
-        raise InputError(inner + error.field[len(outer) :], error.value, error.problem, error.remedy) from error
+        raise _moved(error, outer, inner) from error
+
+
+def _moved(error: InputError, outer: str, inner: str) -> InputError:
+    if error.field.startswith(inner) or not error.field.startswith(outer):
+        return error
+    return InputError(inner + error.field[len(outer) :], error.value, error.problem, error.remedy)
 
 
 def show_through(space: Space, inner: Space, names: tuple[str, ...]) -> None:

@@ -106,11 +106,11 @@ def test_a_slow_start_is_left_out() -> None:
     def call() -> None:
         nonlocal calls
         calls += 1
-        time.sleep(1e-3 * [20, 15, 11, 8, 6, 4, 1][min(calls, 7) - 1])
+        time.sleep(5e-3 * [20, 15, 11, 8, 6, 4, 1][min(calls, 7) - 1])
 
-    [timing] = measure([call], Settings(rounds=5, sample_ms=1, warmup_ms=1, warmup_limit_ms=200))
-    assert np.median(timing.samples_ms) < 3
-    assert timing.samples_ms[0] < 5
+    [timing] = measure([call], Settings(rounds=5, sample_ms=5, warmup_ms=5, warmup_limit_ms=1000))
+    assert np.median(timing.samples_ms) < 15
+    assert timing.samples_ms[0] < 25
     assert timing.notes == [] or "outlier" in timing.notes[0]
 
 

@@ -6,6 +6,7 @@ import inspect
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from archfront.cli.common import AsJson, PluginFiles, console, print_json
@@ -100,7 +101,8 @@ def _list(family: str, plugins: list[str] | None, as_json: bool) -> None:
     table = Table("name", "what it is", "arguments")
     for row in rows:
         shown = [a["name"] if a["required"] else f"{a['name']}={a['default']}" for a in row["arguments"]]
-        table.add_row(row["name"], row["summary"], ", ".join(shown))
+        # Brackets in them are no markup.
+        table.add_row(row["name"], escape(row["summary"]), escape(", ".join(shown)))
     console.print(table)
 
 
