@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from archfront.spaces.grammars.derivation import Tree, rescoped, symbols_of
+from archfront.spaces.grammars.derivation import Tree, along, symbols_of
 from archfront.spaces.grammars.grammar import Grammar, Join, Operation, Split, State
 from archfront.spaces.space import Layer
 
@@ -53,16 +53,15 @@ class _Assembly:
         assert production is not None
         if production.flow == "branch":
             return self._branch(production.symbols, node[1:], state)
-        before = opened = state
+        symbols = symbols_of(production, len(node) - 1)
         steps: list[Step] = []
-        for i, (part, child) in enumerate(zip(symbols_of(production, len(node) - 1), node[1:], strict=True)):
-            if production.flow == "bracket" and i == 1:
-                opened = state
-            if production.flow == "bracket" and i == 2:
-                state = rescoped(grammar, state, opened)
-            more, state = self.visit(part, child, state)
-            steps += more
-        return steps, rescoped(grammar, state, before) if production.flow == "bracket" else state
+
+        def part(i: int, before: State) -> State:
+            more, after = self.visit(symbols[i], node[i + 1], before)
+            steps.extend(more)
+            return after
+
+        return steps, along(grammar, production, len(symbols), state, part)
 
     def _branch(self, symbols: tuple[str, ...], children: Sequence[Tree], state: State) -> tuple[list[Step], State]:
         first, body, last = symbols
@@ -140,17 +139,16 @@ def _draw(grammar: Grammar, symbol: str, node: Tree, state: State, prefix: str) 
         shape = tuple(getattr(after, "shape", ()))
         row = Layer(name=prefix or "1", kind=kind, shape=shape, details=details, branches=tuple(lanes))
         return [row], after
-    before = opened = state
+    symbols = symbols_of(production, len(node) - 1)
     layers: list[Layer] = []
-    for i, (part, child) in enumerate(zip(symbols_of(production, len(node) - 1), node[1:], strict=True)):
-        if production.flow == "bracket" and i == 1:
-            opened = state
-        if production.flow == "bracket" and i == 2:
-            state = rescoped(grammar, state, opened)
+
+    def part(i: int, before: State) -> State:
         own = f"{prefix}{'.' if prefix else ''}{i + 1}" if production.flow == "chain" else prefix
-        more, state = _draw(grammar, part, child, state, own)
-        layers += more
-    return layers, rescoped(grammar, state, before) if production.flow == "bracket" else state
+        more, after = _draw(grammar, symbols[i], node[i + 1], before, own)
+        layers.extend(more)
+        return after
+
+    return layers, along(grammar, production, len(symbols), state, part)
 
 
 class Head(nn.Module):

@@ -8,7 +8,7 @@ shares it. A terminal may stand bare where a unit production would lead to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,18 +148,14 @@ class _Walk:
             raise DerivationError(path, problem)
         # A run is one level, however a derivation bracketed it in pairs.
         level = depth + (production.flow != "unit")
-        before = state
         at: list[tuple[int, State, Totals]] = []
-        for i, (part, child) in enumerate(zip(symbols, children, strict=True)):
-            at.append((i, state, self.totals.copy()))
-            if production.flow == "bracket" and i == 1:
-                opened = state
-            if production.flow == "bracket" and i == 2:
-                state = rescoped(self.grammar, state, opened)
-            state = self.visit(part, child, state, level, copies, (*path, i + 1))
-        if production.flow == "bracket":
-            state = rescoped(self.grammar, state, before)
-        elif production.is_run and len(children) > 2:
+
+        def part(i: int, before: State) -> State:
+            at.append((i, before, self.totals.copy()))
+            return self.visit(symbols[i], children[i], before, level, copies, (*path, i + 1))
+
+        state = along(self.grammar, production, len(children), state, part)
+        if production.is_run and len(children) > 2:
             self._runs(production, at, state, node, depth, copies, path)
         return state
 
@@ -220,6 +216,23 @@ def symbols_of(production: Production, children: int) -> Sequence[str]:
     if production.is_run and children > 1:
         return (production.symbols[0],) * children
     return production.symbols
+
+
+def along(
+    grammar: Grammar, production: Production, count: int, state: State, step: Callable[[int, State], State]
+) -> State:
+    """The state behind the parts of a chain, bracket or unit, ``step`` giving it from part to part.
+
+    The closing of a bracket finds the scoped fields as the opening left them; behind it they are as before it.
+    """
+    before = opened = state
+    for i in range(count):
+        if production.flow == "bracket" and i == 1:
+            opened = state
+        if production.flow == "bracket" and i == 2:
+            state = rescoped(grammar, state, opened)
+        state = step(i, state)
+    return rescoped(grammar, state, before) if production.flow == "bracket" else state
 
 
 def rescoped(grammar: Grammar, state: State, source: State) -> State:

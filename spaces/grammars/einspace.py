@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from archfront.errors import InputError
 from archfront.spaces.grammars.einspace_seeds import SEEDS
 from archfront.spaces.grammars.grammar import Cost, Grammar, Join, Operation, Production, Split
-from archfront.spaces.grammars.grammar_space import GrammarSpace
+from archfront.spaces.grammars.grammar_space import GrammarSpace, check_positive
 from archfront.spaces.grammars.sampling import Budget
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ class Einspace(GrammarSpace):
     ) -> None:
         numbers = {"resolution": resolution, "in_channels": in_channels, "classes": classes, "depth": depth,
                    "params": params, "macs": macs, "activations": activations, "terminals": terminals}  # fmt: skip
-        for field, number in numbers.items():
-            if number is not None and number < 1:
-                raise InputError(f"space.{field}", number, "is not positive", "Give 1 or more.")
+        check_positive(numbers)
         if not 0 < compute < 1:
             raise InputError("space.compute", compute, "is no probability", "Give a number between 0 and 1.")
         self.resolution, self.in_channels, self.compute = resolution, in_channels, compute

@@ -297,6 +297,17 @@ class GrammarSpace(Space):
                 raise InputError("genotype", json.dumps(genotype)[:200], problem, f"Raise space.{name}.")
 
 
+def check_positive(numbers: Mapping[str, int | None]) -> None:
+    """Refuse arguments of a space below 1; None is no bound.
+
+    Raises:
+        InputError: names the argument.
+    """
+    for field, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"space.{field}", number, "is not positive", "Give 1 or more.")
+
+
 def _population(trees: Sequence[Tree]) -> Population:
     population = np.empty(len(trees), dtype=object)
     for i, tree in enumerate(trees):  # at once, numpy would take tuples of one length for rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from archfront.errors import InputError
-from archfront.spaces.grammars.derivation import Totals, Tree, rescoped
+from archfront.spaces.grammars.derivation import Totals, Tree, along
 from archfront.spaces.grammars.grammar import Cost, Grammar, Join, Operation, Production, Split, State, Terminal
 
 Observer = Callable[[str, str, bool], None]
@@ -173,18 +173,15 @@ class Sampler:
             return self._expand(production.symbols[0], state, depth, copies)
         if production.flow == "branch":
             return self._branch(production, state, depth, copies)
-        before = opened = state
         parts: list[Tree] = []
-        for i, symbol in enumerate(production.symbols):
-            if production.flow == "bracket" and i == 1:
-                opened = state
-            if production.flow == "bracket" and i == 2:
-                state = rescoped(self.grammar, state, opened)
-            node, state = self._expand(symbol, state, depth + 1, copies)
+
+        def part(i: int, before: State) -> State:
+            node, after = self._expand(production.symbols[i], before, depth + 1, copies)
             flat = production.is_run and isinstance(node, tuple) and node[0] == production.name
-            parts += node[1:] if flat else [node]
-        if production.flow == "bracket":
-            state = rescoped(self.grammar, state, before)
+            parts.extend(node[1:] if flat else [node])
+            return after
+
+        state = along(self.grammar, production, len(production.symbols), state, part)
         return (production.name, *parts), state
 
     def _branch(self, production: Production, state: State, depth: int, copies: int) -> tuple[Tree, State]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from archfront.errors import InputError
 from archfront.spaces.grammars.grammar import Cost, Grammar, Join, Operation, Production, Split
-from archfront.spaces.grammars.grammar_space import GrammarSpace
+from archfront.spaces.grammars.grammar_space import GrammarSpace, check_positive
 from archfront.spaces.grammars.sampling import Budget
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class Tabular(GrammarSpace):
     ) -> None:
         numbers = {"resolution": resolution, "in_channels": in_channels, "classes": classes, "params": params,
                    "depth": depth, "terminals": terminals}  # fmt: skip
-        for field, number in numbers.items():
-            if number is not None and number < 1:
-                raise InputError(f"space.{field}", number, "is not positive", "Give 1 or more.")
+        check_positive(numbers)
         if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
             raise InputError("space.widths", widths, "are empty, repeated or not positive", "Give each width once.")
         self.resolution, self.in_channels, self.widths = resolution, in_channels, tuple(widths)
