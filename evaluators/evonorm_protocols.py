@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from archfront.errors import InputError
 from archfront.evaluators.datasets.dataset import DataSet
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
-from archfront.evaluators.training import load_for
+from archfront.evaluators.training import check_batch, load_for
 from archfront.evaluators.training_loop import torch_threads
 from archfront.spaces.evonorm import EvoNorm
 from archfront.spaces.evonorm_anchors import Anchor
@@ -104,10 +104,7 @@ class EvonormProtocols(Evaluator):
 
     def check(self, context: EvaluationContext) -> None:
         _space(context)
-        data = load_for(context.space, context.data)
-        if len(data.split["train"]) < self.batch:
-            problem = f"is more than the {len(data.split['train'])} training images"
-            raise InputError("evaluators.evonorm-protocols.batch", self.batch, problem, "Lower it.")
+        check_batch(self.name, self.batch, load_for(context.space, context.data))
 
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
         data = load_for(context.space, context.data)

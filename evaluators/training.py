@@ -86,10 +86,7 @@ class Training(Evaluator):
         )
 
     def check(self, context: EvaluationContext) -> None:
-        data = load_for(context.space, context.data)
-        if len(data.split["train"]) < self.recipe.batch:
-            problem = f"is more than the {len(data.split['train'])} training images"
-            raise InputError("evaluators.training.batch", self.recipe.batch, problem, "Lower it.")
+        check_batch(self.name, self.recipe.batch, load_for(context.space, context.data))
 
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
         data = load_for(context.space, context.data)
@@ -204,6 +201,18 @@ def train_finalist(
         run = Run(lambda: space.build(genotype), loaded, recipe or Recipe(), seed)
         run.train(epochs, epochs)
         return FinalistResult(run.accuracy("validation"), run.accuracy("test"), run.loss, epochs, run.weights())
+
+
+def check_batch(evaluator: str, batch: int, data: DataSet) -> None:
+    """Refuse a batch that the training part cannot fill.
+
+    Raises:
+        InputError: names the evaluator's argument.
+    """
+    images = len(data.split["train"])
+    if images < batch:
+        problem = f"is more than the {images} training images"
+        raise InputError(f"evaluators.{evaluator}.batch", batch, problem, "Lower it.")
 
 
 def load_for(space: Space, config: Mapping[str, Any] | None) -> DataSet:
