@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from archfront.errors import InputError
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
+from archfront.evaluators.onednn_faults import avoid_narrow_strided_pointwise
 from archfront.evaluators.training_recipe import Recipe
 
 _EVALUATION_BATCH = 256
@@ -54,7 +55,8 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Convolutions of this size run about twice as fast on a CPU with the channels last.
-            self.model = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = avoid_narrow_strided_pointwise(build())
+            self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = recipe.norm_momentum

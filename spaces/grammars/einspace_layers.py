@@ -34,9 +34,14 @@ class PatchLinear(nn.Module):
 
     def __init__(self, incoming: int, outgoing: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(incoming, outgoing, kernel, stride=stride, padding=padding)
+        # Strided 1x1 convolutions of few channels corrupt memory in oneDNN's backward (its issue 6035); subsampling
+        # is the same function.
+        self.subsample = stride if kernel == 1 and not padding else 1
+        self.conv = nn.Conv2d(incoming, outgoing, kernel, stride=stride // self.subsample, padding=padding)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.subsample > 1:
+            features = features[..., :: self.subsample, :: self.subsample]
         mapped: Tensor = self.conv(features)
         return mapped.flatten(2).transpose(1, 2)
 
