@@ -50,8 +50,9 @@ class Columns:
     def metrics(self) -> list[str]:
         return self.names[len(FIXED) :]
 
-    def rows(self, mask: npt.NDArray[np.bool_]) -> Columns:
-        return Columns(self.names, self.matrix[mask])
+    def rows(self, chosen: npt.NDArray[Any]) -> Columns:
+        """Those of a mask or of indices."""
+        return Columns(self.names, self.matrix[chosen])
 
 
 def pack(names: Sequence[str], matrix: Matrix) -> tuple[bytes, str]:

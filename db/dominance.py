@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import moocore
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,8 @@ Points = npt.NDArray[np.float64]
 
 # Sets of more points are thinned out first, by some of the front of a sample, while each takes a twentieth at least.
 _FEW, _SAMPLE, _STRONG, _WORTH_IT = 20_000, 2_000, 8, 0.95
+_MANY, _PARTS = 200_000, 4
+"""Larger sets are dealt out to threads: what a part's front leaves out, some member of it dominates."""
 
 
 def nondominated(points: Points) -> npt.NDArray[np.bool_]:
@@ -20,7 +24,14 @@ def nondominated(points: Points) -> npt.NDArray[np.bool_]:
         return np.asarray(points[:, 0] == points[:, 0].min())
     kept = _not_clearly_dominated(points)
     found = np.zeros(len(points), dtype=bool)
-    found[kept] = moocore.is_nondominated(_finite(points[kept]), keep_weakly=True)
+    finite = _finite(points[kept])
+    if len(finite) > _MANY:
+        parts = [np.arange(first, len(finite), _PARTS) for first in range(_PARTS)]
+        with ThreadPoolExecutor(_PARTS) as threads:
+            masks = threads.map(lambda part: moocore.is_nondominated(finite[part], keep_weakly=True), parts)
+            left = np.concatenate([part[mask] for part, mask in zip(parts, masks, strict=True)])
+        kept, finite = kept[left], finite[left]
+    found[kept] = moocore.is_nondominated(finite, keep_weakly=True)
     return found
 
 
@@ -45,6 +56,8 @@ def _not_clearly_dominated(points: Points) -> npt.NDArray[np.int64]:
         lowest, extent = sample.min(axis=0), np.ptp(sample, axis=0)
         central = np.argsort(((best - lowest) / np.where(extent > 0, extent, 1)).sum(axis=1))
     for row in best[central[:_STRONG]]:
+        if (sample >= row).all(axis=1).mean() < 1 - _WORTH_IT:
+            break
         no_better, equal = np.ones(len(points), dtype=bool), np.ones(len(points), dtype=bool)
         for m, value in enumerate(row):
             no_better &= points[:, m] >= value

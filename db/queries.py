@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -56,37 +57,71 @@ def front(connection: Connection, job_id: int, query: FrontQuery) -> list[dict[s
 def front_numbers(connection: Connection, job_id: int, query: FrontQuery) -> list[int]:
     """The numbers of a front's evaluations, rising.
 
-    The job's own front of one fidelity is stored with its history and read from there; any other is computed from
-    the packed columns.
-
     Raises:
         InputError: an unknown metric, a condition that cannot be parsed.
+    """
+    return _members(connection, job_id, query)[0]
+
+
+def _members(connection: Connection, job_id: int, query: FrontQuery) -> tuple[list[int], Columns | None]:
+    """The numbers of a front's evaluations, rising, and their columns if these were read.
+
+    The job's own front of one fidelity is stored with its history and read from there; any other is computed from
+    the packed columns.
     """
     spec = connection.execute(sa.select(Job.spec).where(Job.id == job_id)).scalar_one()
     own = query.objectives is None or list(query.objectives) == job_objectives(spec)
     if own and query.where is None and query.fidelity != "any":
-        return _stored_front(connection, job_id, query.fidelity, query.seq)
-    return _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+        return _stored_front(connection, job_id, query.fidelity, query.seq), None
+    members = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+    return members["number"].astype(int).tolist(), members
 
 
-def front_table(connection: Connection, job_id: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """What people ask of many evaluations, and no more: evaluation, key, genotype, fidelity, and metrics by name."""
+def front_table(
+    connection: Connection, job_id: int, query: FrontQuery, known: Mapping[int, dict[str, Any]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """What people ask of a front's members, and no more: evaluation, key, genotype, fidelity, and metrics by name.
+
+    Args:
+        known: rows by number from an earlier call, which are not read again: what is done never changes.
+
+    Raises:
+        InputError: an unknown metric, a condition that cannot be parsed.
+    """
+    numbers, columns = _members(connection, job_id, query)
+    fresh = [number for number in numbers if number not in known]
+    if not fresh:
+        return [dict(known[number]) for number in numbers]
+    if columns is not None and len(fresh) < len(numbers):
+        columns = columns.rows(np.isin(columns["number"], fresh))
+    with _without_collection():
+        rows = _bare_rows(connection, job_id, fresh)
+        # A metric that the columns do not have may be missing, or not a number.
+        if columns is not None and not np.isnan(columns.matrix[:, len(FIXED) :]).any():
+            for name in columns.metrics:
+                for row, value in zip(rows.values(), columns[name].tolist(), strict=True):
+                    row[name] = value
+        else:
+            metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value)
+            metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, fresh))
+            for number, name, value in connection.execute(metrics).all():
+                rows[number][name] = value
+    return [dict(known[number]) if number in known else rows[number] for number in numbers]
+
+
+def _bare_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The rows of ``front_table`` by number, in the order of ``numbers``, without metrics."""
     query = (
         sa.select(Evaluation.number, Candidate.key, sa.cast(Candidate.genotype, sa.Text), Evaluation.fidelity)
         .join(Candidate, Candidate.id == Evaluation.candidate_id)
         .where(Evaluation.job_id == job_id, _among(connection, Evaluation.number, numbers))
     )
-    metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value)
-    metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, numbers))
-    with _without_collection():
-        found = connection.execute(query).all()
-        rows = {
-            number: {"evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity}
-            for (number, key, _, fidelity), genotype in zip(found, _parsed([row[2] for row in found]), strict=True)
-        }
-        for number, name, value in connection.execute(metrics).all():
-            rows[number][name] = value
-    return [rows[number] for number in numbers]
+    found = connection.execute(query).all()
+    rows = {
+        number: {"evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity}
+        for (number, key, _, fidelity), genotype in zip(found, _parsed([row[2] for row in found]), strict=True)
+    }
+    return {number: rows[number] for number in numbers}
 
 
 def top_fidelity(connection: Connection, job_id: int, seq: int | None = None) -> int | None:
@@ -258,9 +293,10 @@ def _stored_front(connection: Connection, job_id: int, fidelity: Fidelity, seq: 
     return sorted(connection.execute(query).scalars())
 
 
-def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str, str]]) -> list[int]:
+def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str, str]]) -> Columns:
+    """The columns of the members, in the order of their numbers."""
     if not len(columns):
-        return []  # which metrics there will be is not known yet
+        return columns  # which metrics there will be is not known yet
     objectives = own if query.objectives is None else query.objectives
     for name, _ in objectives:
         if name not in columns.metrics:
@@ -284,4 +320,5 @@ def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str
     finite = np.isfinite(points).all(axis=1)
     if not finite.all():
         rows, points = rows[finite], points[finite]
-    return sorted(columns["number"][rows[nondominated(points)]].astype(int).tolist())
+    members = rows[nondominated(points)]
+    return columns.rows(members[np.argsort(columns["number"][members])])

@@ -46,7 +46,7 @@ class Latency(Evaluator):
             operators measured once per device, in any space of torch models; ``measure`` measures each candidate in
             a fresh process, which takes seconds.
         backend: ``eager``, ``compile`` (``torch.compile``), ``onnx`` (ONNX Runtime on a processor, extra
-            ``archfront[onnx]``) or ``cuda-graph``; ``operators`` knows ``eager`` alone.
+            ``archfront[onnx]``) or ``cuda-graph``.
         verify: share of the candidates, from 0 to 1, that are measured as in mode ``measure`` besides being predicted;
             what is found corrects the predictions of those that follow.
 
@@ -84,9 +84,6 @@ class Latency(Evaluator):
         if backend == "onnx" and device != LOCAL_CPU:
             remedy = f"Give device {LOCAL_CPU}, or 'eager', 'compile' or 'cuda-graph'."
             raise InputError("evaluators.latency.backend", backend, "measures processors alone", remedy)
-        if mode == "operators" and backend != "eager":
-            remedy = "Give backend 'eager', or mode 'table' or 'measure'."
-            raise InputError("evaluators.latency.backend", backend, "has no prices of single operators", remedy)
         if not 0 <= verify <= 1:
             raise InputError("evaluators.latency.verify", verify, "is no share", "Give a number from 0 to 1.")
         if verify and mode == "measure":
@@ -131,7 +128,8 @@ class Latency(Evaluator):
             return {}
         self.check(context)
         if self.mode == "operators":
-            made = network_latency(context.space, self._fingerprint(), self.device, self.batch, context.plugins)
+            place, device = self.device, self._fingerprint()
+            made = network_latency(context.space, device, place, self.batch, context.plugins, backend=self.backend)
             return {**made.to_json(), "device": self._fingerprint().to_json()}
         return make_table(
             _blocks(context),

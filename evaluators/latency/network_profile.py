@@ -18,6 +18,8 @@ SAMPLES = 200
 NETWORKS = 24
 PROCESSES = 2
 _TIMEOUT_S = 600.0
+_COMPILE_TIMEOUT_S = 3600.0
+"""Half a minute to compile a network is no rarity."""
 
 
 def network_latency(
@@ -27,6 +29,7 @@ def network_latency(
     batch: int = 1,
     plugins: Sequence[Plugin] = (),
     *,
+    backend: str = "eager",
     samples: int = SAMPLES,
     networks: int = NETWORKS,
     operator_settings: Settings = OPERATOR_SETTINGS,
@@ -40,6 +43,7 @@ def network_latency(
         place: ``local-cpu`` or ``cuda:<number>``.
         batch: images a pass.
         plugins: files that may hold the space.
+        backend: that runs whole networks; single operators are measured eagerly.
         samples: genotypes that are traced to learn which operators a space without blocks has.
         networks: whole ones that the correction is fitted to.
         operator_settings, network_settings: how long to measure.
@@ -57,14 +61,14 @@ def network_latency(
     times = [
         medians_elsewhere(
             {"name": space.name, **space.config},
-            [{"genotype": genotype, "batch": batch} for genotype in genotypes],
+            [{"genotype": genotype, "batch": batch, "backend": backend} for genotype in genotypes],
             threads=device.threads,
             settings=network_settings,
-            timeout_s=_TIMEOUT_S,
+            timeout_s=_COMPILE_TIMEOUT_S if backend == "compile" else _TIMEOUT_S,
             plugins=plugins,
             device=place,
         )[0]
         for _ in range(PROCESSES)
     ]
     # Load only ever adds: the least of the processes' medians is the truest.
-    return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0))
+    return NetworkLatency(profile, backend).fit(traces, np.stack(times).min(axis=0))

@@ -96,6 +96,7 @@ class Job:
         self.ledger = db if isinstance(db, Ledger) else Ledger.open(str(db or default_db()), create=False)
         self.id = self.ledger.find_job(reference)
         self.plugins = list(plugins)
+        self._rows: dict[int, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
         return f"<archfront.Job {self.id} {self.name!r}: {self.state}>"
@@ -147,7 +148,9 @@ class Job:
                 seq = seq_of(connection, self.id, at)
             pairs = None if objectives is None else self._directions(objectives)
             query = FrontQuery(objectives=pairs, where=where, fidelity=level, seq=seq)  # type: ignore[arg-type]
-            rows = front_table(connection, self.id, front_numbers(connection, self.id, query))
+            rows = front_table(connection, self.id, query, self._rows)
+        # Of a front that is looked at again and again, only what is new is read.
+        self._rows = {row["evaluation"]: dict(row) for row in rows}
         return Front(rows, pairs or job_objectives(self.spec))
 
     def status(self, tracebacks: int = 5) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def test_a_large_set_is_thinned_out_without_loss(objectives: int, kind: str) -> 
     assert np.array_equal(nondominated(points), expected)
 
 
+def test_a_very_large_set_is_dealt_out_without_loss() -> None:
+    rng = np.random.default_rng(0)
+    points = np.round(rng.dirichlet(np.ones(3), 250_000) * 500) / 500
+    assert np.array_equal(nondominated(points), moocore.is_nondominated(points, keep_weakly=True))
+
+
 @given(POINTS)
 @settings(max_examples=150, deadline=None)
 def test_nondominated_is_brute_force(points: Points) -> None:
