@@ -56,6 +56,7 @@ bench-spaces: venv
 bench-latency: venv
 	$(BIN)/python benchmarks/prediction_speed.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/fused_latency.py
 
 # Needs the public tables: ARCHFRONT_DATA.
 bench-few-shot: venv

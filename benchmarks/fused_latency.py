@@ -1,8 +1,7 @@
 """Latency predicted for backends that fuse operators: ONNX Runtime and torch.compile against eager torch.
 
 Random networks of the FBNet-tiny space at batch 1, one thread. The operators are profiled eagerly and alone; the
-correction is fitted to other networks that ran on the backend. In the same table: the eager sum as it is, and the
-correction with the terms of eager networks, which know nothing of fusion.
+correction is fitted to other networks that ran on the backend. In the same table: the eager sum as it is.
 
     python benchmarks/fused_latency.py [--quick] [--backends eager,onnx,compile]
 """
@@ -61,13 +60,9 @@ def main() -> None:
         ms, _ = medians_elsewhere(SPACE, items, threads=options.threads, settings=settings, timeout_s=3600)
         seconds = time.perf_counter() - begun
         print(f"{backend}: {len(items)} networks measured in {seconds:.0f} s", flush=True)
-        for name, terms in (("terms of fusion groups", backend), ("terms of single operators", "eager")):
-            if name == "terms of fusion groups" and backend == "eager":
-                continue
-            predictor = NetworkLatency(profile, terms).fit(traces[tests:], ms[tests:])
-            found = predictor.predict(traces[:tests], CONFIDENCE)
-            inside = float(((found.low_ms <= ms[:tests]) & (ms[:tests] <= found.high_ms)).mean())
-            rows.append(scored(name, backend, found.ms, ms[:tests], inside))
+        found = NetworkLatency(profile).fit(traces[tests:], ms[tests:]).predict(traces[:tests], CONFIDENCE)
+        inside = float(((found.low_ms <= ms[:tests]) & (ms[:tests] <= found.high_ms)).mean())
+        rows.append(scored("operators and correction", backend, found.ms, ms[:tests], inside))
         rows.append(scored("eager sum as it is", backend, sums, ms[:tests], None))
     columns = ["backend", "predictor", "median, ms", "Spearman", "median error", f"inside {CONFIDENCE:.0%} interval"]
     shown = [[*row[:2], f"{row[2]:.2f}", f"{row[3]:.3f}", f"{row[4]:.1%}", "" if row[5] is None else f"{row[5]:.0%}"]

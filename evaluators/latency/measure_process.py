@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch._dynamo.config
 from torch import nn
 
 from archfront.evaluators.latency.device import LOCAL_CPU, fingerprint
@@ -36,6 +37,7 @@ from archfront.spaces.named_models import build_model, input_shape
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
 
+_NO_LIMIT = 2**31
 SLOWED_CLOCK = 0.9
 """A clock that ends below this share of what it was has slowed down."""
 
@@ -137,6 +139,8 @@ def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) 
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
     example = torch.randn(int(item.get("batch", 1)), *shape).to(device).contiguous(memory_format=layout)
     if backend == "compile":
+        # All items are compiled in one process, and after 8 of one class torch would run the others eagerly, unasked.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _NO_LIMIT
         model = torch.compile(model)  # type: ignore[assignment]
     elif backend == "cuda-graph":
         return _graph(model, example)

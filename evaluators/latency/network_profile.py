@@ -71,4 +71,4 @@ def network_latency(
         for _ in range(PROCESSES)
     ]
     # Load only ever adds: the least of the processes' medians is the truest.
-    return NetworkLatency(profile, backend).fit(traces, np.stack(times).min(axis=0))
+    return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0))

@@ -72,6 +72,13 @@ def test_latency(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fused_latency(tmp_path: Path) -> None:
+    rows = quick("fused_latency.py", tmp_path)["rows"]
+    assert [row["backend"] for row in rows] == ["onnx", "onnx"]
+    assert rows[0]["median error"] < rows[1]["median error"]
+
+
+@pytest.mark.slow
 def test_prediction_speed(tmp_path: Path) -> None:
     assert all(row["per_second"] > 0 for row in quick("prediction_speed.py", tmp_path)["rows"])
 

@@ -5,9 +5,8 @@ weights and activations come from memory where one operator's stay in the cache.
 non-negative combination of the sum and of what those effects grow with. Errors are relative, and intervals conformal:
 from how far each calibration network lies from the fit to the others.
 
-A backend that fuses operators (torch.compile, ONNX Runtime) runs a group of them as one kernel. The times of single
-operators are the eager ones, and the combination is of what such a kernel's time grows with: the operators that begin
-a group, those that follow and mostly vanish into it, and the groups themselves.
+Backends that fuse operators are served by the same terms, fitted to networks that ran on them: terms of fusion groups
+(their first operators, the rest, their number) were tried for ONNX Runtime and torch.compile and gained nothing.
 """
 
 from __future__ import annotations
@@ -31,9 +30,6 @@ from archfront.evaluators.latency.tracing import Trace
 FORMAT = "archfront-network-latency-1"
 LEAST_NETWORKS = 6
 TERMS = ("operators_ms", "calls", "modules", "weight_mb", "activation_mb")
-FUSED_TERMS = ("leading_ms", "following_ms", "groups", "weight_mb", "activation_mb")
-FUSING = ("compile", "onnx")
-"""Backends that make one kernel of several operators."""
 
 
 class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
@@ -41,14 +37,12 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
 
     Args:
         profile: of the device.
-        backend: that runs the networks: ``eager``, ``compile``, ``onnx`` or ``cuda-graph``.
     """
 
     name: ClassVar[str] = "operators"
 
-    def __init__(self, profile: Profile, backend: str = "eager") -> None:
+    def __init__(self, profile: Profile) -> None:
         self.prices = OperatorPrices(profile)
-        self.backend = backend
         self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
         self._scores: Vector = np.zeros(0)
 
@@ -74,7 +68,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
     def predict(self, networks: Sequence[Trace], confidence: float = 0.9) -> Prediction:
         check_confidence(confidence)
         priced = [self.prices.ms(network.operators) for network in networks]
-        ms = self._terms(networks, priced) @ self._weights
+        ms = _terms(networks, priced) @ self._weights
         low, high = split_interval(ms, self.relative_width(confidence))
         notes = tuple(_extrapolated(network, *found) for network, found in zip(networks, priced, strict=True))
         return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence, extrapolated=notes)
@@ -84,13 +78,8 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         return conformal_quantile(self._scores, confidence) if len(self._scores) else float("inf")
 
     def terms(self, networks: Sequence[Trace]) -> npt.NDArray[np.float64]:
-        """``(n, 5)``, what a latency is a combination of: ``TERMS``, or ``FUSED_TERMS`` where the backend fuses."""
-        return self._terms(networks, [self.prices.ms(network.operators) for network in networks])
-
-    def _terms(self, networks: Sequence[Trace], priced: Sequence[Priced]) -> npt.NDArray[np.float64]:
-        row = _fused_row if self.backend in FUSING else _row
-        rows = [row(network, prices) for network, (prices, _) in zip(networks, priced, strict=True)]
-        return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
+        """``(n, 5)``, what a latency is a combination of; see ``TERMS``."""
+        return _terms(networks, [self.prices.ms(network.operators) for network in networks])
 
     @property
     def weights(self) -> Vector:
@@ -100,8 +89,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
     @property
     def correction(self) -> dict[str, float]:
         """ms for each unit of each term."""
-        names = FUSED_TERMS if self.backend in FUSING else TERMS
-        return dict(zip(names, self._weights.tolist(), strict=True))
+        return dict(zip(TERMS, self._weights.tolist(), strict=True))
 
     @cached_property
     def digest(self) -> str:
@@ -111,7 +99,6 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
     def to_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "backend": self.backend,
             "profile": self.prices.profile.to_json(),
             "weights": self._weights.tolist(),
             "scores": self._scores.tolist(),
@@ -126,7 +113,7 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         """
         if data.get("format") != FORMAT:
             raise InputError("latency.predictor", data.get("format"), "is no predictor", f"Give one of {FORMAT}.")
-        made = cls(Profile.from_json(data["profile"]), data.get("backend", "eager"))
+        made = cls(Profile.from_json(data["profile"]))
         made._weights = np.array(data["weights"], dtype=np.float64)
         made._scores = np.array(data["scores"], dtype=np.float64)
         return made
@@ -136,22 +123,14 @@ Priced = tuple[Vector, npt.NDArray[np.bool_]]
 """Times of a network's operators in ms, and which of them were measured."""
 
 
-def _row(network: Trace, prices: Vector) -> list[float]:
-    written = sum(operator.written_bytes for operator in network.operators)
-    return [prices.sum(), len(network.operators), network.modules, network.weight_bytes / 2**20, written / 2**20]
-
-
-def _fused_row(network: Trace, prices: Vector) -> list[float]:
-    leading, following = 0.0, 0.0
-    written: dict[int, int] = {}
-    for operator, ms in zip(network.operators, prices.tolist(), strict=True):
-        if written.get(operator.group) or operator.kind == "view":
-            following += ms
-        else:
-            leading += ms
-        written[operator.group] = operator.written_bytes or written.get(operator.group, 0)
-    kernels = sum(map(bool, written.values()))  # a view alone is none
-    return [leading, following, kernels, network.weight_bytes / 2**20, sum(written.values()) / 2**20]
+def _terms(networks: Sequence[Trace], priced: Sequence[Priced]) -> npt.NDArray[np.float64]:
+    rows = []
+    for network, (prices, _) in zip(networks, priced, strict=True):
+        written = sum(operator.written_bytes for operator in network.operators)
+        rows.append(
+            [prices.sum(), len(network.operators), network.modules, network.weight_bytes / 2**20, written / 2**20]
+        )
+    return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
 
 
 def _extrapolated(network: Trace, prices: Vector, measured: npt.NDArray[np.bool_]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,15 +15,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 
 from archfront.errors import InputError, MissingExtraError
+from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.energy import NvmlMeter, energy_mj, find_meter
 from archfront.evaluators.latency.evaluator import Latency
-from archfront.evaluators.latency.measure_process import notes
+from archfront.evaluators.latency.measure_process import _call, notes
 from archfront.evaluators.latency.measurement import Settings, Timing, add_energy, failed, measured_elsewhere, summary
+from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.onnx_backend import OutputsDifferError, check_outputs, onnx_call
 from archfront.evaluators.latency.pinning import Core, choose, pin
+from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.search.job import Finalists
 from archfront.spaces.fbnet import FBNetTiny
 
@@ -113,8 +118,32 @@ def test_jobs_know_onnx() -> None:
     assert Latency(backend="onnx", mode="measure").backend == "onnx"
     with pytest.raises(InputError, match=r"evaluators\.latency\.backend: 'onnx' measures processors"):
         Latency(backend="onnx", device="cuda:0", mode="measure")
-    with pytest.raises(InputError, match="single operators"):
-        Latency(backend="onnx", mode="operators")
+    assert Latency(backend="onnx", mode="operators").backend == "onnx"
+
+
+@pytest.mark.slow
+def test_operators_are_corrected_by_networks_that_ran_on_the_backend() -> None:
+    eager, onnx = (
+        network_latency(
+            SPACE, fingerprint(1), backend=backend, networks=8, operator_settings=QUICK, network_settings=QUICK
+        )
+        for backend in ("eager", "onnx")
+    )
+    traces = list(traced_genotypes(SPACE, [["k3_e6", "k3_e6", "k3_e6"], ["k3_e1", "skip", "k3_e6"]]))
+    assert (onnx.predict(traces).ms < 0.5 * eager.predict(traces).ms).all()
+
+
+def test_all_networks_of_a_process_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch itself stops after eight of one class, and runs the others eagerly."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    for genotype in list(itertools.product(["k3_e1", "k3_e6", "skip"], repeat=3))[:12]:
+        _call(SPACE, {"genotype": genotype, "backend": "compile"}, "cpu", 1)()
+    assert counters["unique_graphs"] - before == 12
+    torch._dynamo.reset()
 
 
 # Energy

@@ -207,14 +207,13 @@ def test_a_space_without_blocks_is_traced_genotype_by_genotype() -> None:
         assert first[1] is second[1] is False
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile"])
 @pytest.mark.parametrize("layers", [3, 12])
-def test_a_population_at_once_is_what_its_networks_are_one_by_one(layers: int, backend: str) -> None:
+def test_a_population_at_once_is_what_its_networks_are_one_by_one(layers: int) -> None:
     space = SPACES.build({"name": "fbnet-tiny", "resolution": 16, "layers": layers}, "space")
     population = space.sample(np.random.default_rng(3), 30)
     traces = list(traced_genotypes(space, space.to_json(population)))
     profile = made_up(traces[:20])  # some operators of the last ones are left to the trees
-    predictor = NetworkLatency(profile, backend).fit(traces[:20], true_ms(profile, traces[:20]))
+    predictor = NetworkLatency(profile).fit(traces[:20], true_ms(profile, traces[:20]))
     blocks = BlockTerms(space, predictor)  # type: ignore[arg-type]
     assert np.allclose(blocks.terms(population), predictor.terms(traces), rtol=1e-9)
     assert np.allclose(blocks.ms(population), predictor.predict(traces).ms, rtol=1e-9)
