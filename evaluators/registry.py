@@ -10,6 +10,7 @@ EVALUATORS: Registry[Evaluator] = Registry(
     {
         "training": "archfront.evaluators.training:Training",
         "costs": "archfront.evaluators.costs:Costs",
+        "compression": "archfront.evaluators.compression.evaluator:Compression",
         "latency": "archfront.evaluators.latency.evaluator:Latency",
         "evonorm-protocols": "archfront.evaluators.evonorm_protocols:EvonormProtocols",
     },

@@ -17,6 +17,7 @@ BUILT_IN = {
     "tabular": "archfront.spaces.grammars.tabular:Tabular",
     "joint": "archfront.spaces.joint:Joint",
     "bounded": "archfront.spaces.bounded:Bounded",
+    "bits": "archfront.spaces.policies.bits:Bits",
     "choices": "archfront.spaces.choices:Choices",
     "recorded": "archfront.spaces.recorded:Recorded",
 }

@@ -163,8 +163,7 @@ class Space(ABC):
     @property
     def digest(self) -> str:
         """Identity of the space: candidates are shared between jobs of the same digest."""
-        text = json.dumps({"name": self.name, "version": self.version, "config": dict(self.config)}, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+        return digest_of(self.name, self.version, self.config)
 
     def validate(self, genotype: Genotype) -> None:
         """Check one genotype.
@@ -173,3 +172,9 @@ class Space(ABC):
             InputError: it is not of this space.
         """
         self.from_json([genotype])
+
+
+def digest_of(name: str, version: int, config: Mapping[str, Any]) -> str:
+    """Identity of a space with this name, version and configuration."""
+    text = json.dumps({"name": name, "version": version, "config": dict(config)}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()

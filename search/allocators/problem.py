@@ -67,8 +67,10 @@ class Problem:
                 raise InputError(f"budget.{name}", budget, "is for an unknown cost", suggestion(name, self.costs))
             floor = self.floor(name)
             if not floor <= budget * (1 + TOLERANCE) + TOLERANCE:
-                problem = f"is below {floor:.6g}, the least that all sites together can cost"
-                raise InputError(f"budget.{name}", budget, problem, f"Give {floor:.6g} or more, or lower choices.")
+                problem = f"is below {rounded_up(floor)}, the least that all sites together can cost"
+                raise InputError(
+                    f"budget.{name}", budget, problem, f"Give {rounded_up(floor)} or more, or lower choices."
+                )
 
     def floor(self, cost: str) -> float:
         """The least of a cost, ties respected. With several budgets each may be met and not all at once."""
@@ -117,6 +119,15 @@ class Problem:
             return False
         found = self.total_costs(choices)
         return all(found[name] <= budget + TOLERANCE * max(abs(budget), 1.0) for name, budget in self.budgets.items())
+
+
+def rounded_up(value: float) -> str:
+    """Six digits or a few more, never less than the value: what a message names must do when it is given."""
+    for digits in range(6, 17):
+        text = f"{value:.{digits}g}"
+        if float(text) >= value:
+            return text
+    return repr(value)
 
 
 def _summed(table: Sequence[Vector], group: Sequence[int]) -> Vector:

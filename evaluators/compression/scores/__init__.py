@@ -1,0 +1,1 @@
+"""Scores: how much each choice of each site damages a network, before any policy is tried as a whole."""

@@ -1,0 +1,20 @@
+"""The table of scores that recipes can name."""
+
+from __future__ import annotations
+
+from archfront.evaluators.compression.scores.score import Score
+from archfront.registry import Registry
+
+_HERE = "archfront.evaluators.compression.scores"
+
+SCORES: Registry[Score] = Registry(
+    "scores",
+    {
+        "perturbation": f"{_HERE}.perturbation:Perturbation",
+        "outliers": f"{_HERE}.perturbation:Outliers",
+        "hessian": f"{_HERE}.perturbation:Hessian",
+        "taylor": f"{_HERE}.perturbation:Taylor",
+        "zeroth-order": f"{_HERE}.perturbation:ZerothOrder",
+        "distortion": f"{_HERE}.distortion:Distortion",
+    },
+)

@@ -1,0 +1,93 @@
+"""The contract of a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from archfront.errors import InputError
+from archfront.evaluators.compression.compressible import Compressible
+from archfront.spaces.policies.quantised import FLOAT, LayerBits
+from archfront.spaces.policies.site import Site
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """What a score looks at.
+
+    Attributes:
+        network: with its sites.
+        batches: calibration inputs, of the training part.
+        labels: of all of them.
+        seed: of whatever a score draws.
+    """
+
+    network: Compressible
+    batches: Sequence[Tensor]
+    labels: Tensor
+    seed: int = 0
+    sites: Sequence[Site] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sites = self.network.space.sites
+
+    @classmethod
+    def of(cls, network: Compressible, images: int, seed: int = 0) -> Subject:
+        """A network with so many images of its training part.
+
+        Raises:
+            InputError: no image.
+        """
+        if images < 1:
+            raise InputError("score.images", images, "is not positive", "Give 1 or more.")
+        batches, labels = network.inputs("train", images)
+        return cls(network=network, batches=batches, labels=labels, seed=seed)
+
+    def alone(self, site: Site, choice: int) -> dict[str, LayerBits]:
+        """The policy that compresses one site and leaves all else as it is."""
+        weights = site.kind == "weight-bits"
+        mine = LayerBits(weights=choice) if weights else LayerBits(activations=choice)
+        paths = [layer.path for layer in self.network.space.layers.found]
+        return {path: mine if path == site.module else LayerBits() for path in paths}
+
+
+class Score(ABC):
+    """Damage of every choice of every site, additive over sites as far as the score knows; less is better.
+
+    The keyword arguments of ``__init__`` are what a recipe may set.
+    """
+
+    name: ClassVar[str]
+
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> list[Vector]:
+        """For each site ``(choices,)``, finite; 0 for a choice that changes nothing."""
+
+    def checked(self, subject: Subject) -> list[Vector]:
+        """``measure``, with what is not finite refused.
+
+        Raises:
+            InputError: names the site and the choice.
+        """
+        found = self.measure(subject)
+        for site, row in zip(subject.sites, found, strict=True):
+            for choice, value in zip(site.domain, row.tolist(), strict=True):
+                if not np.isfinite(value):
+                    remedy = "Look at the network's outputs, or give other calibration images."
+                    raise InputError(f"score.{self.name}.{site.id}", value, f"is the damage of {choice}", remedy)
+        return found
+
+
+def is_identity(choice: object) -> bool:
+    return choice == FLOAT

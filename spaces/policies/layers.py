@@ -1,0 +1,139 @@
+"""The layers of a model that can be given bit widths: what they weigh, and which of them read one tensor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from archfront.errors import InputError
+
+SUPPORTED = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """A linear or convolutional layer as one forward pass met it.
+
+    Attributes:
+        path: of the module.
+        shape: of its weight.
+        macs: multiply-adds for one input.
+        inputs: elements that it reads for one input.
+        source: number of the tensor that it reads: layers with one number read the same tensor.
+        calls: how often a pass runs it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    macs: int
+    inputs: int
+    source: int
+    calls: int = 1
+
+    @property
+    def params(self) -> int:
+        """Elements of the weight, without the bias."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a pass over a model found.
+
+    Attributes:
+        found: the layers that can be given bits, in the order in which they run.
+        left_alone: paths of modules with weights that cannot, and why.
+        params: elements of all parameters of the model.
+        other_bits: bits of all parameters and buffers that belong to no layer of ``found`` or are their biases.
+    """
+
+    found: tuple[LayerFacts, ...]
+    left_alone: dict[str, str]
+    params: int
+    other_bits: int
+
+
+def find_layers(model: nn.Module, example: Tensor) -> Layers:
+    """The layers of a model, from one pass over ``example`` ``(1, ...)`` without gradients.
+
+    Raises:
+        InputError: the model fails on the example, or has no layer that can be given bits.
+    """
+    names = {module: path for path, module in model.named_modules()}
+    seen: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # The tensor itself is kept: only so no other can take its identity while the pass goes on.
+        seen.setdefault(names[module], []).append((inputs[0], _macs(module, output)))
+
+    handles = [module.register_forward_hook(note) for module in names if isinstance(module, SUPPORTED)]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:
+        problem = f"fails on an input of shape {tuple(example.shape)} ({type(error).__name__}: {error})"
+        raise InputError("model", type(model).__name__, problem, "Give the shape that it takes.") from error
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        problem = "runs no linear or convolutional layer"
+        raise InputError("model", type(model).__name__, problem, "Give a model with nn.Linear or nn.Conv2d.")
+    sources: dict[int, int] = {}
+    found = []
+    for path, calls in seen.items():
+        module = model.get_submodule(path)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        number = sources.setdefault(id(calls[0][0]), len(sources))
+        macs = sum(macs for _, macs in calls)
+        found.append(
+            LayerFacts(
+                path=path,
+                shape=tuple(weight.shape),
+                macs=macs,
+                inputs=calls[0][0].numel(),
+                source=number,
+                calls=len(calls),
+            )
+        )
+    left_alone = dict(_others(model, set(seen)))
+    if shared := _shared(model, [layer.path for layer in found]):
+        warnings.warn(f"layers share a weight and are quantised alike: {', '.join(shared)}", stacklevel=2)
+    inside = sum(layer.params for layer in found)
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    all_bits = sum(t.numel() * t.element_size() * 8 for t in tensors)
+    return Layers(tuple(found), left_alone, sum(p.numel() for p in model.parameters()), all_bits - 32 * inside)
+
+
+def _macs(module: nn.Module, output: Tensor) -> int:
+    if isinstance(module, nn.Conv2d):
+        return output.numel() * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+    assert isinstance(module, nn.Linear)
+    return output.numel() * module.in_features
+
+
+def _others(model: nn.Module, taken: set[str]) -> Iterator[tuple[str, str]]:
+    """Modules with weights of two axes and more that get no bits."""
+    for path, module in model.named_modules():
+        if path in taken:
+            continue
+        weights = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
+        if isinstance(module, SUPPORTED):
+            yield path, "is never run"
+        elif weights:
+            yield path, f"{type(module).__name__} with {', '.join(weights)} is no linear or convolutional layer"
+
+
+def _shared(model: nn.Module, paths: list[str]) -> list[str]:
+    owners: dict[int, list[str]] = {}
+    for path in paths:
+        owners.setdefault(id(model.get_submodule(path).weight), []).append(path)
+    return [name for group in owners.values() if len(group) > 1 for name in group]
