@@ -25,6 +25,7 @@ CONFIGS: list[dict[str, object]] = [
     {"name": "einspace"},
     {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
     {"name": "tabular"},
+    {"name": "bits", "model": {"name": "cifar-resnet", "depth": 8}, "keep": {"conv1": 8}, "activations": [4, 8, 32]},
     {"name": "choices", "columns": {"bits": [2, 4, 8], "kind": ["a", "b"]}},
     CONDITIONAL,
     {"name": "joint", "parts": {"network": {"name": "fbnet-tiny"}, "training": CONDITIONAL}},

@@ -25,10 +25,14 @@ class Jobs:
         self._witness = witness
         self.logs = [cluster.folder / f"{kind}-{time.monotonic_ns()}" for kind in ("short", "training")]
         self.budgets = [SHORT, TRAINING]
-        # A job takes as long to begin as the short evaluations take in all, so training, which lasts, begins first.
-        training = self._submit(training_job(self.logs[1], [6, 18]))
+        # On a busy machine a job takes as long to begin as another one to end. So training, which has to load more,
+        # begins first, and waits after its first evaluation until the other has begun too.
+        gate = cluster.folder / f"gate-{time.monotonic_ns()}"
+        training = self._submit(training_job(self.logs[1], [6, 18], gate))
         settled(witness, training, 1, 240)
         self.ids = [self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)), training]
+        settled(witness, self.ids[0], 1, 240)
+        gate.touch()
 
     def reach(self, share: float, timeout_s: float = 240) -> None:
         """Wait until both are under way and one has committed this part of its budget."""
@@ -68,14 +72,17 @@ def short_job(log: Path, seconds: float) -> dict[str, Any]:
     return synthetic_job(SHORT, evaluator={"sleep_s": seconds, "log": str(log)}, workers=workers, name="short")
 
 
-def training_job(log: Path, fidelities: list[int]) -> dict[str, Any]:
+def training_job(log: Path, fidelities: list[int], gate: Path | None = None) -> dict[str, Any]:
+    training = {"name": "counted-training", "log": str(log), "fidelities": fidelities}
+    if gate is not None:
+        training["gate"] = str(gate)
     return {
         "name": "training",
         "space": {"name": "fbnet-tiny", "resolution": 8, "layers": 3},
         "data": {"name": "digits"},
-        "evaluators": [{"name": "counted-training", "log": str(log), "fidelities": fidelities}, {"name": "costs"}],
+        "evaluators": [training, {"name": "costs"}],
         "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "params", "direction": "min"}],
         "strategy": {"name": "nsga2", "population": 12},
         "budget": {"evaluations": TRAINING},
-        "workers": {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 120},
+        "workers": {"executor": "ray", "count": SLOTS, "cpus": 0.5, "timeout_s": 300},
     }
