@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,9 +20,10 @@ class SpaceModel(ModelSource):
     """The network of a genotype.
 
     Args:
+        weights: a checkpoint; fresh ones by default. What ``archfront export`` writes says of which space and genotype
+            it is, so that nothing else need be given.
         space: a job file's ``space`` mapping.
         genotype: of that space, or a member's name.
-        weights: a checkpoint, such as the one that a job keeps of a finalist; fresh ones by default.
         seed: of fresh weights.
         normalisation: of the images, as its weights were trained with: ``data``, ``imagenet`` or ``half``.
 
@@ -34,14 +36,25 @@ class SpaceModel(ModelSource):
     def __init__(
         self,
         *,
-        space: dict[str, Any],
-        genotype: Any,
         weights: str | None = None,
+        space: dict[str, Any] | None = None,
+        genotype: Any = None,
         seed: int = 0,
         normalisation: Normalisation = "data",
     ) -> None:
         from archfront.spaces.registry import SPACES
 
+        super().__init__(weights, seed, normalisation)
+        written = {} if self.weights is None else self.weights.metadata()
+        if space is None and "space" in written:
+            space = json.loads(written["space"])
+        if genotype is None and "genotype" in written:
+            genotype = json.loads(written["genotype"])
+        for field, given in (("space", space), ("genotype", genotype)):
+            if given is None:
+                remedy = "Give it, or weights that archfront exported."
+                raise InputError(f"model.{field}", None, "is missing", remedy)
+        assert space is not None
         self._space = SPACES.build(space, "model.space")
         if not isinstance(self._space, InputShaped) or not hasattr(self._space, "classes"):
             problem = "has no image classifiers"
@@ -53,7 +66,6 @@ class SpaceModel(ModelSource):
             [self._genotype] = self._space.genotypes_of([genotype])
         except InputError as error:
             raise InputError("model.genotype", genotype, error.problem, error.remedy) from None
-        super().__init__(weights, seed, normalisation)
 
     @property
     def config(self) -> Mapping[str, Genotype]:

@@ -51,6 +51,18 @@ class Weights:
     def digest(self) -> str:
         return hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
 
+    def metadata(self) -> dict[str, str]:
+        """What a safetensors file says of itself; nothing of any other."""
+        if self.path.suffix != ".safetensors":
+            return {}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                return dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise InputError("model.weights", self.given, f"cannot be read ({error})", _REMEDY) from None
+
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, without what training wrapped around them.
 

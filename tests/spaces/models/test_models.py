@@ -93,6 +93,9 @@ def test_files_that_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"name": "timm", "model": "resnet19"}, "unknown to timm"),
         ({"name": "vit", "normalisation": "none"}, "normalisation"),
         ({"name": "resnet"}, "known model"),
+        ({"name": "network"}, r"model\.space.*missing.*archfront exported"),
+        ({"name": "network", "space": {"name": "fbnet-tiny"}, "genotype": ["skip"]}, r"model\.genotype"),
+        ({"name": "network", "space": {"name": "choices", "columns": {"a": [1]}}, "genotype": [1]}, "classifiers"),
     ],
 )
 def test_what_cannot_be_made_is_named(config: dict[str, Any], words: str) -> None:

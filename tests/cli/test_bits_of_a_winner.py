@@ -1,0 +1,69 @@
+"""From a search to the compression of what it found, as docs/policies.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import archfront
+from archfront.cli.main import main
+from archfront.search.job import JobSpec
+
+ROOT = Path(__file__).parents[2]
+SPACE: dict[str, Any] = {"name": "fbnet-tiny", "layers": 3, "resolution": 8}
+FOUND: dict[str, Any] = {
+    "name": "found",
+    "space": SPACE,
+    "data": {"name": "digits"},
+    "evaluators": [{"name": "training", "fidelities": [4]}, {"name": "costs"}],
+    "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "params", "direction": "min"}],
+    "strategy": {"name": "random"},
+    "budget": {"evaluations": 3},
+    "workers": {"executor": "inline"},
+}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["archfront", *words])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    return int(ending.value.code or 0)
+
+
+def test_a_winner_is_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db, weights = str(tmp_path / "l.db"), tmp_path / "winner.safetensors"
+    winner = max(archfront.run(FOUND, db=db).front().to_pandas().to_dict("records"), key=lambda row: row["accuracy"])
+    assert command(monkeypatch, "export", "last", str(winner["evaluation"]), "--to", str(weights), "--db", db) == 0
+    [documented] = [
+        yaml.safe_load(block)
+        for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "policies.md").read_text(), flags=re.DOTALL)
+        if "winner" in block
+    ]
+    JobSpec.model_validate(documented)
+    model = {**documented["space"]["model"], "weights": str(weights)}
+    job = {
+        **documented,
+        "space": {**documented["space"], "model": model, "keep": {}},
+        "budget": {"evaluations": 24},
+        "strategy": {"name": "nsga2", "population": 12},
+        "workers": {"executor": "inline"},
+    }
+    file = tmp_path / "bits.yaml"
+    file.write_text(yaml.safe_dump(job))
+    capsys.readouterr()
+    assert command(monkeypatch, "run", str(file), "--db", db, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 24
+    found = archfront.Job(db).front().to_pandas()
+    assert found["size_bytes"].max() < 4 * winner["params"]
+    assert found["accuracy"].max() > winner["accuracy"] - 5
+    weights.unlink()
+    assert command(monkeypatch, "run", str(file), "--db", db) == 2
+    assert "model.weights" in capsys.readouterr().err
