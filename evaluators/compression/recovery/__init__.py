@@ -1,0 +1,1 @@
+"""What wins quality back after compression: statistics, rounding, corrections, distillation, reparameterisations."""
