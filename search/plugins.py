@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from archfront.evaluators.compression.scores.registry import SCORES
 from archfront.evaluators.registry import EVALUATORS
 from archfront.plugins import Plugin, load_into
 from archfront.registry import Registry
+from archfront.search.allocators.registry import ALLOCATORS
+from archfront.search.recipes.registry import RECIPES
 from archfront.search.strategies.registry import STRATEGIES
+from archfront.spaces.models.registry import MODELS
 from archfront.spaces.registry import SPACES
 
-FAMILIES: dict[str, Registry[Any]] = {"spaces": SPACES, "evaluators": EVALUATORS, "strategies": STRATEGIES}
+FAMILIES: dict[str, Registry[Any]] = {
+    "spaces": SPACES, "evaluators": EVALUATORS, "strategies": STRATEGIES,
+    "models": MODELS, "scores": SCORES, "allocators": ALLOCATORS, "recipes": RECIPES,
+}  # fmt: skip
 
 
 def load_plugins(plugins: Sequence[Plugin]) -> None:

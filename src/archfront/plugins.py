@@ -13,7 +13,7 @@ from typing import Any
 from archfront.errors import InputError, suggestion
 from archfront.registry import Registry
 
-FAMILIES = ("spaces", "evaluators", "strategies")
+FAMILIES = ("spaces", "evaluators", "strategies", "models", "scores", "allocators", "recipes")
 _VARIABLE = "ARCHFRONT_PLUGINS"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from archfront.evaluators.compression.scores.score import Score
+from typing import TYPE_CHECKING
+
 from archfront.registry import Registry
+
+if TYPE_CHECKING:
+    from archfront.evaluators.compression.scores.score import Score
 
 _HERE = "archfront.evaluators.compression.scores"
 
@@ -16,5 +20,6 @@ SCORES: Registry[Score] = Registry(
         "taylor": f"{_HERE}.perturbation:Taylor",
         "zeroth-order": f"{_HERE}.perturbation:ZerothOrder",
         "distortion": f"{_HERE}.distortion:Distortion",
+        "relevance": f"{_HERE}.relevance:Relevance",
     },
 )

@@ -37,8 +37,16 @@ Files = Annotated[
 
 
 def run(
-    file: Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    file: Annotated[str | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
     db: Database = DEFAULT_DB,
+    recipe: Annotated[
+        str | None, typer.Option(help="Begin with this recipe's policies; without a job file, evaluate these alone.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help='Of the recipe, a policy each: "weight_mb <= 6.7", "... and gbops <= 3".')
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of the recipe: exported weights, or a mapping in YAML.")] = None,
+    data: Annotated[str | None, typer.Option(help="Of the recipe: a data set's name, or a mapping.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="In place of the job's workers.count.")] = None,
     plugin: PluginFiles = None,
     ray: RayAddress = None,
@@ -52,7 +60,7 @@ def run(
 
     sources = read_plugins(plugin or [])
     # Before the ledger is opened: a bad file leaves none behind.
-    spec = checked_spec(file, sources)
+    spec = _recipe_spec(file, sources, recipe, budget or [], model, data)
     if workers is not None:
         spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": workers})})
     ledger = Ledger.open(db)
@@ -95,6 +103,39 @@ def cancel(job: JobReference, db: Database = DEFAULT_DB, json: AsJson = False) -
         console.print(f"Job {found.id} is being driven; its driver ends it within seconds.", highlight=False)
     else:
         console.print(f"Job {found.id} is {found.state}.", highlight=False)
+
+
+def _recipe_spec(
+    file: str | None,
+    plugins: Sequence[Plugin],
+    recipe: str | None,
+    budgets: Sequence[str],
+    model: str | None,
+    data: str | None,
+) -> JobSpec:
+    """The job of a file, of a recipe, or of a file that a recipe gives its first candidates."""
+    for option, given, needs in (("--budget", budgets, recipe), ("--model", model, recipe), ("--data", data, recipe)):
+        if given and not needs:
+            raise InputError(option, given, "is given without a recipe", "Give --recipe NAME, or leave it out.")
+    if recipe is None:
+        if file is None:
+            raise InputError("JOB.yaml", None, "is missing", "Give a job file, or --recipe with --model and --data.")
+        return checked_spec(file, plugins)
+    from archfront.search.plugins import load_plugins
+    from archfront.search.recipes.seeding import recipe_job, seeded
+
+    if file is not None:
+        for option, given in (("--model", model), ("--data", data)):
+            if given is not None:
+                raise InputError(option, given, "is given beside a job file, which has its own", "Leave one out.")
+        return seeded(checked_spec(file, plugins), recipe, budgets)
+    load_plugins(plugins)
+    for option, given in (("--model", model), ("--data", data)):
+        if given is None:
+            raise InputError(option, None, "is missing, which a recipe without a job file needs", "Give it.")
+    assert model is not None
+    assert data is not None
+    return recipe_job(recipe, model, data, budgets)
 
 
 def checked_spec(file: str, plugins: Sequence[Plugin]) -> JobSpec:

@@ -1,0 +1,1 @@
+"""Recipes: published methods of compression, each a short declaration of its parts."""

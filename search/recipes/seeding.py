@@ -1,0 +1,86 @@
+"""Jobs whose first candidates are a recipe's policies: alone, or as the warm start of a search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from archfront.errors import InputError
+from archfront.evaluators.compression.compressible import Compressible
+from archfront.evaluators.training import load_for
+from archfront.search.job import JobSpec
+from archfront.search.recipes.recipe import read_budget
+from archfront.search.recipes.registry import RECIPES
+from archfront.search.resolve import resolve
+from archfront.spaces.policies.bits import Bits
+from archfront.spaces.registry import SPACES
+
+
+def recipe_job(name: str, model: str, data: str, budgets: Sequence[str]) -> JobSpec:
+    """A job that evaluates a recipe's policy for each budget, and nothing else.
+
+    Args:
+        name: of the recipe.
+        model: a mapping as in a job file, in YAML; or a file of weights that ``archfront export`` wrote.
+        data: a data set's name, or a mapping.
+        budgets: as ``read_budget`` takes them.
+
+    Raises:
+        InputError: one of these cannot be used.
+    """
+    recipe = RECIPES.get(name, "--recipe")
+    first = next(iter(read_budget(budgets[0]))) if budgets else "weight_mb"
+    draft = JobSpec.model_validate(
+        {
+            "name": name,
+            "space": {"name": "bits", "model": _mapping("--model", model, "network"), **recipe.space},
+            "data": _mapping("--data", data, None),
+            "evaluators": [{"name": "compression"}],
+            "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": first, "direction": "min"}],
+            "strategy": {"name": "random"},
+            "budget": {"evaluations": 1},
+            "workers": {"count": 1},
+        }
+    )
+    spec = seeded(draft, name, budgets)
+    return spec.model_copy(update={"budget": spec.budget.model_copy(update={"evaluations": len(spec.seeds)})})
+
+
+def seeded(spec: JobSpec, name: str, budgets: Sequence[str]) -> JobSpec:
+    """A job with a recipe's policies, one for each budget, before its own seeds.
+
+    Raises:
+        InputError: no budget, an unknown recipe, a job whose space is not one of bits or that names no data, or what
+            ``Recipe.policies`` refuses.
+    """
+    recipe = RECIPES.build({"name": name}, "--recipe")
+    if not budgets:
+        raise InputError("--budget", None, "is missing, which a recipe needs", 'Give --budget "weight_mb <= 6.7".')
+    limits = [read_budget(text) for text in budgets]
+    resolve(spec)
+    space = SPACES.build(spec.space, "space")
+    if not isinstance(space, Bits):
+        raise InputError("space.name", space.name, "is no space that recipes know", "Choose 'bits'.")
+    network = Compressible(space, load_for(space, spec.data), 256)
+    found = [genotype for genotype, _ in recipe.policies(network, limits, spec.seed)]
+    unique = [json.loads(text) for text in dict.fromkeys(json.dumps(g) for g in [*found, *spec.seeds])]
+    return spec.model_copy(update={"seeds": unique})
+
+
+def _mapping(field: str, text: str, of_file: str | None) -> Mapping[str, Any]:
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if isinstance(given, dict) and "name" in given:
+        return given
+    if isinstance(given, str) and of_file is not None and Path(given).suffix == ".safetensors":
+        return {"name": of_file, "weights": given}
+    if isinstance(given, str) and given.replace("-", "").isalnum():
+        return {"name": given}
+    remedy = 'Give a name, or a mapping: "{name: cifar-resnet, depth: 20, weights: FILE}".'
+    raise InputError(field, text, "is neither a name nor a mapping with one", remedy)
