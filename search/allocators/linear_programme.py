@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from archfront.errors import ArchfrontError, InputError
 from archfront.search.allocators.allocator import Allocation, Allocator, Evaluate
-from archfront.search.allocators.problem import Problem, Vector
+from archfront.search.allocators.problem import Problem, Vector, rounded_up
 from archfront.search.allocators.tables import Ints, Tables
 
 _OBJECTIVE_SCALE = 1e6
@@ -173,7 +173,7 @@ def _conflict(tables: Tables) -> InputError:
         found = _solve(tables, np.where(tables.allowed, tables.load[number], np.inf), without=number)
         if found is not None:
             needs[name] = tables.cost(number, found)
-    listed = "; ".join(f"{name} {value:.6g} or more" for name, value in needs.items())
+    listed = "; ".join(f"{name} {rounded_up(value)} or more" for name, value in needs.items())
     text = "cannot be met together"
     if listed:
         text += f". With the others as they are it would take {listed}"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import InputError
-from archfront.search.allocators.problem import TOLERANCE, Problem, Vector
+from archfront.search.allocators.problem import TOLERANCE, Problem, Vector, rounded_up
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -70,8 +70,12 @@ class Tables:
         slack = TOLERANCE * np.maximum(np.abs(limits), 1.0)
         for name, limit, low, spare in zip(budgets, limits, floor, slack, strict=True):
             if least is not None and low > limit + spare:
-                text = f"are above budget.{name} {limit:.6g}: with them all sites together cost {low:.6g} or more"
-                raise InputError("floors", list(least), text, f"Give lower floors, or a budget of {low:.6g} or more.")
+                text = (
+                    f"are above budget.{name} {limit:.6g}: with them all sites together cost {rounded_up(low)} or more"
+                )
+                raise InputError(
+                    "floors", list(least), text, f"Give lower floors, or a budget of {rounded_up(low)} or more."
+                )
         room = np.maximum(limits - floor + 0.5 * slack, 1e-3 * slack)
         return cls(
             problem=problem,
