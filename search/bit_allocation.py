@@ -69,6 +69,10 @@ def allocate(
     Raises:
         InputError: see ``bit_problem``; the budget is below what the lowest bits cost, which the message names.
     """
-    found = allocator.allocate(bit_problem(space, damage, budgets), evaluate)
+    problem = bit_problem(space, damage, budgets)
+    found = allocator.allocate(problem, evaluate)
+    if len(found.choices) != len(problem.sites) or not problem.is_feasible(found.choices):
+        remedy = "Mend the allocator: its choices have to meet every budget and tie."
+        raise InputError("allocator", allocator.name, f"gives a policy that costs {found.costs}", remedy)
     policy = {site.id: site.domain[choice] for site, choice in zip(space.sites, found.choices, strict=True)}
     return space.genotype(policy), found

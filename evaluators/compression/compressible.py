@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from archfront.evaluators.compression.shared_prefixes import SharedPrefixes
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
@@ -70,9 +69,7 @@ class Compressible:
         for batch in batches:
             wanted = labels[start : start + len(batch)]
             for row, logits in enumerate(self.outputs(batch, policies)):
-                if not torch.isfinite(logits).all():
-                    logits = torch.full_like(logits, float("nan"))
-                right[row, start : start + len(batch)] = logits.argmax(1) == wanted
+                right[row, start : start + len(batch)] = _right(logits, wanted)
             start += len(batch)
         own = self._own(part, count, batches, labels)
         return [_judged(own, row) for row in right]
@@ -81,8 +78,7 @@ class Compressible:
         """Which images the network itself has right."""
         if (part, count) not in self._right:
             with torch.no_grad():
-                logits = torch.cat([self.model(batch) for batch in batches])
-            self._right[part, count] = logits.argmax(1) == labels
+                self._right[part, count] = _right(torch.cat([self.model(batch) for batch in batches]), labels)
         return self._right[part, count]
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -107,13 +103,13 @@ class Compressible:
     def _run(self, path: str, layer: nn.Module, bits: LayerBits, features: Tensor) -> Tensor:
         if bits.activations != FLOAT:
             features = self._ranges(path, bits.activations)(features)
-        weight = self._weight(path, layer, bits.weights)
-        output: Tensor
-        if isinstance(layer, nn.Conv2d):
-            output = layer._conv_forward(features, weight, layer.bias)
-        else:
-            assert isinstance(layer, nn.Linear)
-            output = functional.linear(features, weight, layer.bias)
+        # The class's own forward: layers may pad or standardise as they like. The weight is put in its place meanwhile.
+        kept = layer._parameters["weight"]
+        layer._parameters["weight"] = self._weight(path, layer, bits.weights)  # type: ignore[assignment]
+        try:
+            output: Tensor = type(layer).forward(layer, features)
+        finally:
+            layer._parameters["weight"] = kept
         return output
 
     def _weight(self, path: str, layer: nn.Module, bits: int) -> Tensor:
@@ -124,6 +120,11 @@ class Compressible:
         if (path, bits) not in self._weights:
             self._weights[path, bits] = self.space.quantiser(bits).fake(weight)
         return self._weights[path, bits]
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which rows are classified right; one that is not finite is not."""
+    return (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
 
 
 def _judged(own: Tensor, right: Tensor) -> Judged:

@@ -116,17 +116,25 @@ class SharedPrefixes:
 
     def _whole(self, inputs: Tensor, row: Sequence[Variant]) -> Tensor:
         layers = [self._network.get_submodule(path) for path in self._paths]
+        called: set[str] = set()
         for path, layer, variant in zip(self._paths, layers, row, strict=True):
 
             def replaced(x: Tensor, path: str = path, layer: nn.Module = layer, variant: Variant = variant) -> Tensor:
+                called.add(path)
                 return self._run(path, layer, variant, x)
 
             layer.forward = replaced
+        # torch's fast path of attention reads its layers' weights without running them.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             output: Tensor = self._network(inputs)
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for layer in layers:
                 del layer.forward
+        if bypassed := [path for path in self._paths if path not in called]:
+            warnings.warn(f"{', '.join(bypassed)} did not run: a policy has no effect there", stacklevel=3)
         self.sharing = Sharing(len(row), len(row))
         return output
 
@@ -206,9 +214,14 @@ def _traced(network: nn.Module, paths: Sequence[str]) -> _Graph | None:
             node.target = _OUT_OF_PLACE[node.target]
         if node.kwargs.get("inplace") is True:
             node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
-            warnings.warn(f"{node.target} works in place: each policy is run as a whole", stacklevel=3)
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+        if in_place or "out" in node.kwargs:
+            warnings.warn(f"{name} works in place: each policy is run as a whole", stacklevel=3)
             return None
+    [end] = [n for n in graph.nodes if n.op == "output"]
+    if not isinstance(end.args[0], fx.Node):
+        raise InputError("model", type(network).__name__, "gives something else than one tensor", "Give its logits.")
     called = [str(n.target) for n in graph.nodes if n.op == "call_module" and str(n.target) in set(paths)]
     if sorted(called) != sorted(paths):
         warnings.warn("layers run more than once, or not as modules: each policy is run as a whole", stacklevel=3)

@@ -67,7 +67,7 @@ def read_budget(text: str) -> dict[str, float]:
     Raises:
         InputError: it cannot be read, or bounds what is no cost of bits.
     """
-    found = {}
+    found: dict[str, float] = {}
     for part in re.split(r"\band\b", text):
         bound = _BOUND.fullmatch(part)
         try:
@@ -78,5 +78,5 @@ def read_budget(text: str) -> dict[str, float]:
             raise InputError("--budget", text, "is no budget", 'Write "weight_mb <= 6.7", or several joined by "and".')
         if bound[1] not in NAMES:
             raise InputError("--budget", bound[1], "is no cost of bits", suggestion(bound[1], NAMES))
-        found[bound[1]] = limit
+        found[bound[1]] = min(limit, found.get(bound[1], limit))
     return found

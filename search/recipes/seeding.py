@@ -13,7 +13,7 @@ from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.training import load_for
 from archfront.search.job import JobSpec
-from archfront.search.recipes.recipe import read_budget
+from archfront.search.recipes.recipe import Recipe, read_budget
 from archfront.search.recipes.registry import RECIPES
 from archfront.search.resolve import resolve
 from archfront.spaces.policies.bits import Bits
@@ -58,6 +58,9 @@ def seeded(spec: JobSpec, name: str, budgets: Sequence[str]) -> JobSpec:
             ``Recipe.policies`` refuses.
     """
     recipe = RECIPES.build({"name": name}, "--recipe")
+    if not isinstance(recipe, Recipe):
+        remedy = "Make it a subclass of archfront.search.recipes.recipe.Recipe."
+        raise InputError("--recipe", name, f"is a {type(recipe).__name__}, which is no recipe", remedy)
     if not budgets:
         raise InputError("--budget", None, "is missing, which a recipe needs", 'Give --budget "weight_mb <= 6.7".')
     limits = [read_budget(text) for text in budgets]

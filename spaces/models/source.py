@@ -40,6 +40,8 @@ class ModelSource(ABC):
     classes: int
 
     def __init__(self, weights: str | None, seed: int, normalisation: Normalisation) -> None:
+        if not 0 <= seed < 2**63:
+            raise InputError("model.seed", seed, "is out of range", "Give 0 or more, below 2^63.")
         self.seed, self.normalisation = seed, normalisation
         self.weights = None if weights is None else Weights(weights)
         if normalisation not in NORMALISATIONS:

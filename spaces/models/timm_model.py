@@ -104,6 +104,8 @@ class VisionTransformer(ModelSource):
     ) -> None:
         positive(resolution=resolution, in_channels=in_channels, patch=patch, dim=dim, depth=depth, heads=heads)
         positive(classes=classes)
+        if not 0 < mlp_ratio <= 64:
+            raise InputError("model.mlp_ratio", mlp_ratio, "is no ratio of widths", "Give more than 0, up to 64.")
         for field, number, of, total in (("patch", patch, "resolution", resolution), ("heads", heads, "dim", dim)):
             if total % number:
                 raise InputError(f"model.{field}", number, f"does not divide {of} {total}", "Give one that does.")

@@ -99,6 +99,8 @@ class Weights:
         Raises:
             InputError: a tensor is missing, left over, or of another shape.
         """
+        import torch
+
         found, expected = self.tensors(), model.state_dict()
         missing = [name for name in expected if name not in found and not name.endswith(_COUNTERS)]
         unknown = [name for name in found if name not in expected]
@@ -107,6 +109,9 @@ class Weights:
             problem = " and ".join(part for part in parts if part)
             raise InputError("model.weights", self.given, problem, "Give the weights of this architecture.")
         for name, tensor in found.items():
+            if not torch.isfinite(tensor).all():
+                problem = f"has values in {name} that are not finite"
+                raise InputError("model.weights", self.given, problem, "Give weights of a training that converged.")
             if tensor.shape != expected[name].shape:
                 problem = f"has {name} of shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
                 raise InputError("model.weights", self.given, problem, "Give the weights of this architecture.")

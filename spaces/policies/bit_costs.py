@@ -62,7 +62,9 @@ class BitCosts:
                 kept_inputs = FLOAT if space.activations == "float" else kept
                 inputs = np.array(space.columns[reads].choices if reads >= 0 else [kept_inputs], dtype=np.float64)
             sizes = [
-                4.0 * layer.params if width == FLOAT else quantised_bytes(layer.shape, space.quantiser(int(width)))
+                float(layer.float_bytes)
+                if width == FLOAT
+                else quantised_bytes(layer.shape, space.quantiser(int(width)))
                 for width in bits
             ]
             rows.append((column, reads, bits, inputs, np.array(sizes, dtype=np.float64)))
@@ -76,7 +78,7 @@ class BitCosts:
             paths=tuple(layer.path for layer in space.layers.found),
             params=tuple(layer.params for layer in space.layers.found),
             macs=tuple(layer.macs for layer in space.layers.found),
-            other_bytes=space.layers.other_bits / 8,
+            other_bytes=float(space.layers.other_bytes),
         )
 
     def by_layer(self) -> dict[str, dict[str, Vector]]:

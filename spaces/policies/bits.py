@@ -39,7 +39,8 @@ class Bits(ProductSpace):
         model: the trained network, as ``{name: cifar-resnet, weights: FILE}``.
         weights: bits to choose from, 2 to 8, or 32 for none; rising.
         activations: the same for what layers read; ``follow`` gives them the weights' bits, ``float`` leaves them.
-        keep: layer -> bits of its weights and input that are not to be chosen, ``{conv1: 8}``.
+        keep: layer -> bits of its weights that are not to be chosen, ``{conv1: 8}``, and of its input unless
+            activations are float.
         tie: whether layers that read one tensor have their decisions in common.
         symmetric, granularity, group, ranges: of the weights' quantisers, see ``Quantiser``.
 
@@ -63,6 +64,10 @@ class Bits(ProductSpace):
         ranges: Ranges = "minmax",
     ) -> None:
         self.source = MODELS.build(model, "space.model")
+        fixed = self.source.mean_and_deviation
+        if fixed is not None and self.source.in_channels > len(fixed[0]):
+            problem = f"is of {len(fixed[0])} channels, and the model takes {self.source.in_channels}"
+            raise InputError("space.model.normalisation", self.source.normalisation, problem, "Give 'data'.")
         self._model = model
         self.resolution, self.in_channels = self.source.resolution, self.source.in_channels
         self.classes = self.source.classes
@@ -101,9 +106,13 @@ class Bits(ProductSpace):
 
         from archfront.spaces.policies.layers import find_layers
 
-        with torch.device("meta"):
-            model = self.source.architecture()
-            example = torch.zeros(1, self.in_channels, self.resolution, self.resolution)
+        try:
+            with torch.device("meta"):
+                model = self.source.architecture()
+                example = torch.zeros(1, self.in_channels, self.resolution, self.resolution)
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+            problem = f"cannot be built ({type(error).__name__}: {str(error).splitlines()[0]})"
+            raise InputError("space.model", self._model, problem, "Give sizes that such a network can have.") from error
         return find_layers(model, example)
 
     def quantiser(self, bits: int) -> Quantiser:
@@ -142,8 +151,10 @@ class Bits(ProductSpace):
             weights = policy.get(f"{layer.path}:{WEIGHTS}", kept)
             if self.activations == "follow":
                 inputs = weights
+            elif self.activations == "float":
+                inputs = FLOAT
             else:
-                inputs = kept if self.activations == "float" else policy.get(f"{layer.path}:{ACTIVATIONS}", kept)
+                inputs = policy.get(f"{layer.path}:{ACTIVATIONS}", kept)
             found[layer.path] = LayerBits(weights=weights, activations=inputs)
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ class LayerFacts:
         inputs: elements that it reads for one input.
         source: number of the tensor that it reads: layers with one number read the same tensor.
         calls: how often a pass runs it.
+        float_bytes: that the weight takes as it is.
     """
 
     path: str
@@ -33,6 +33,7 @@ class LayerFacts:
     macs: int
     inputs: int
     source: int
+    float_bytes: int
     calls: int = 1
 
     @property
@@ -49,13 +50,13 @@ class Layers:
         found: the layers that can be given bits, in the order in which they run.
         left_alone: paths of modules with weights that cannot, and why.
         params: elements of all parameters of the model.
-        other_bits: bits of all parameters and buffers that belong to no layer of ``found`` or are their biases.
+        other_bytes: of all parameters and buffers but the weights of these layers.
     """
 
     found: tuple[LayerFacts, ...]
     left_alone: dict[str, str]
     params: int
-    other_bits: int
+    other_bytes: int
 
 
 def find_layers(model: nn.Module, example: Tensor) -> Layers:
@@ -86,31 +87,39 @@ def find_layers(model: nn.Module, example: Tensor) -> Layers:
     if not seen:
         problem = "runs no linear or convolutional layer"
         raise InputError("model", type(model).__name__, problem, "Give a model with nn.Linear or nn.Conv2d.")
+    weights = {path: model.get_submodule(path)._parameters.get("weight") for path in seen}
+    owners: dict[int, list[str]] = {}
+    for path, weight in weights.items():
+        owners.setdefault(id(weight), []).append(path)
+    left_alone = dict(_others(model, set(seen)))
     sources: dict[int, int] = {}
     found = []
+    inside = 0
     for path, calls in seen.items():
-        module = model.get_submodule(path)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        number = sources.setdefault(id(calls[0][0]), len(sources))
-        macs = sum(macs for _, macs in calls)
+        weight = weights[path]
+        if weight is None:
+            left_alone[path] = "computes its weight from others"
+            continue
+        if others := [other for other in owners[id(weight)] if other != path]:
+            left_alone[path] = f"shares its weight with {', '.join(others)}"
+            continue
+        inside += weight.numel() * weight.element_size()
         found.append(
             LayerFacts(
                 path=path,
                 shape=tuple(weight.shape),
-                macs=macs,
+                macs=sum(macs for _, macs in calls),
                 inputs=calls[0][0].numel(),
-                source=number,
+                source=sources.setdefault(id(calls[0][0]), len(sources)),
                 calls=len(calls),
+                float_bytes=weight.numel() * weight.element_size(),
             )
         )
-    left_alone = dict(_others(model, set(seen)))
-    if shared := _shared(model, [layer.path for layer in found]):
-        warnings.warn(f"layers share a weight and are quantised alike: {', '.join(shared)}", stacklevel=2)
-    inside = sum(layer.params for layer in found)
+    if not found:
+        raise InputError("model", type(model).__name__, f"has no layer for bits: {left_alone}", "Give another model.")
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    all_bits = sum(t.numel() * t.element_size() * 8 for t in tensors)
-    return Layers(tuple(found), left_alone, sum(p.numel() for p in model.parameters()), all_bits - 32 * inside)
+    all_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    return Layers(tuple(found), left_alone, sum(p.numel() for p in model.parameters()), all_bytes - inside)
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:
@@ -130,10 +139,3 @@ def _others(model: nn.Module, taken: set[str]) -> Iterator[tuple[str, str]]:
             yield path, "is never run"
         elif weights:
             yield path, f"{type(module).__name__} with {', '.join(weights)} is no linear or convolutional layer"
-
-
-def _shared(model: nn.Module, paths: list[str]) -> list[str]:
-    owners: dict[int, list[str]] = {}
-    for path in paths:
-        owners.setdefault(id(model.get_submodule(path).weight), []).append(path)
-    return [name for group in owners.values() if len(group) > 1 for name in group]

@@ -18,6 +18,7 @@ ActivationRanges = Literal["minmax", "percentile", "mse"]
 ScaleType = Literal["float32", "float16"]
 
 BITS = range(2, 9)
+_LARGEST_GROUP = 2**20
 
 _RATIOS = tuple(1 - 0.01 * i for i in range(61))
 """Shares of the full range, 1.00 to 0.40, that a search tries."""
@@ -73,8 +74,9 @@ class Quantiser:
         _check_one_of("granularity", self.granularity, get_args(Granularity))
         _check_one_of("ranges", self.ranges, get_args(Ranges))
         _check_one_of("scale_type", self.scale_type, get_args(ScaleType))
-        if self.group < 1:
-            raise InputError("quantiser.group", self.group, "is no number of weights", "Give 1 or more.")
+        if not 1 <= self.group <= _LARGEST_GROUP:
+            remedy = f"Give 1 to {_LARGEST_GROUP}, or granularity channel."
+            raise InputError("quantiser.group", self.group, "is no number of weights", remedy)
 
     @property
     def low(self) -> int:

@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         """
         self._read_entry_points()
         if name not in self._table:
-            raise InputError(field, name, f"is not a known {self.family[:-1]}", suggestion(name, self._table))
+            raise InputError(field, name, f"is not a known {_singular(self.family)}", suggestion(name, self._table))
         target = self._table[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
@@ -88,6 +88,10 @@ class Registry(Generic[T]):
         for point in entry_points(group=f"archfront.{self.family}"):
             if point.name not in self._table:
                 self._table[point.name] = point.value
+
+
+def _singular(family: str) -> str:
+    return f"{family[:-3]}y" if family.endswith("ies") else family[:-1]
 
 
 def arguments_model(cls: type[Any]) -> type[pydantic.BaseModel]:

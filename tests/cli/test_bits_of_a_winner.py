@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import archfront
 from archfront.cli.main import main
@@ -64,6 +65,9 @@ def test_a_winner_is_compressed(
     found = archfront.Job(db).front().to_pandas()
     assert found["size_bytes"].max() < 4 * winner["params"]
     assert found["accuracy"].max() > winner["accuracy"] - 5
+    smaller = tmp_path / "smaller.safetensors"
+    assert command(monkeypatch, "export", "last", str(found["evaluation"][0]), "--to", str(smaller), "--db", db) == 0
+    assert len(load_file(smaller)["0.0.weight"].flatten(1)[0].unique()) < 9 * 16
     weights.unlink()
     assert command(monkeypatch, "run", str(file), "--db", db) == 2
     assert "model.weights" in capsys.readouterr().err

@@ -9,7 +9,9 @@ import pytest
 from tests.support.small_models import VIT
 
 from archfront.errors import InputError
+from archfront.search.allocators.allocator import Allocation, Allocator, Evaluate
 from archfront.search.allocators.linear_programme import Milp
+from archfront.search.allocators.problem import Problem
 from archfront.search.bit_allocation import allocate, bit_problem
 from archfront.spaces.policies.bits import Bits
 
@@ -60,3 +62,15 @@ def test_what_is_no_sum_over_sites_is_refused() -> None:
         bit_problem(space, damages(space), {"gbops": 1.0})
     with pytest.raises(InputError, match=r"budget\.mb.*unknown cost"):
         bit_problem(space, damages(space), {"mb": 1.0})
+
+
+def test_an_allocator_that_breaks_the_budget_is_named() -> None:
+    class Greedy(Allocator):
+        name = "too-greedy"
+
+        def allocate(self, problem: Problem, evaluate: Evaluate | None = None) -> Allocation:
+            return Allocation.of(problem, [len(row) - 1 for row in problem.damage])
+
+    space = Bits(model=dict(VIT), weights=[2, 8])
+    with pytest.raises(InputError, match=r"too-greedy.*costs"):
+        allocate(space, damages(space), {"weight_mb": 0.01}, Greedy())

@@ -58,6 +58,7 @@ def test_every_recipe(name: str, networks: dict[str, Compressible]) -> None:
 def test_budgets_are_read() -> None:
     assert read_budget("weight_mb <= 6.7") == {"weight_mb": 6.7}
     assert read_budget("weight_mb<=6.7 and gbops <= 1e2") == {"weight_mb": 6.7, "gbops": 100.0}
+    assert read_budget("weight_mb <= 3 and weight_mb <= 5") == {"weight_mb": 3.0}
     for text, words in {
         "weight_mb < 6": "is no budget",
         "weight_mb <= 6-": "is no budget",

@@ -80,7 +80,11 @@ class Score(ABC):
         Raises:
             InputError: names the site and the choice.
         """
-        found = self.measure(subject)
+        found = [np.asarray(row, dtype=np.float64) for row in self.measure(subject)]
+        shapes, wanted = [row.shape for row in found], [(len(site.domain),) for site in subject.sites]
+        if shapes != wanted:
+            problem = f"gives arrays of shapes {shapes}"
+            raise InputError(f"score.{self.name}", len(found), problem, f"Give one for each site: {wanted}.")
         for site, row in zip(subject.sites, found, strict=True):
             for choice, value in zip(site.domain, row.tolist(), strict=True):
                 if not np.isfinite(value):

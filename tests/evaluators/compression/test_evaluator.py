@@ -15,6 +15,7 @@ from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.evaluator import Compression
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Task
 from archfront.spaces.choices import Choices
+from archfront.spaces.policies.bits import Bits
 
 
 def tasks(genotypes: list[Any], fidelity: int = 0, *, final: bool = False) -> list[Task]:
@@ -113,3 +114,42 @@ def test_what_it_cannot_serve() -> None:
         Compression(fidelities=[20, 10])
     with pytest.raises(InputError, match=r"compression\.images"):
         Compression(images=0)
+
+
+@pytest.mark.parametrize("model", ["tf_mobilenetv3_small_minimal_100", "nf_resnet26"])
+def test_layers_with_a_forward_of_their_own_keep_it(model: str) -> None:
+    """Convolutions that pad by themselves, or standardise their weight."""
+    source = {"name": "timm", "model": model, "resolution": 32, "in_channels": 3, "classes": 10}
+    space = Bits(model=source, weights=[4, 32], activations="float", keep={})
+    network = Compressible(space, digits({**source, "resolution": 32}), 8)
+    images = torch.randn(2, 3, 32, 32)
+    for bits_ in (4, 32):
+        genotype = [bits_] * len(space.columns)
+        [found] = network.outputs(images, [space.layer_bits(genotype)])
+        with torch.no_grad():
+            assert torch.equal(found, space.build(genotype).eval()(images))
+
+
+def test_kept_layers_beside_float_activations() -> None:
+    space = bits("resnet", weights=[2, 8], activations="float", keep={"conv1": 8, "linear": 32})
+    [found] = values(
+        Compression().evaluate(tasks([[8] * len(space.columns)]), EvaluationContext(space=space, data=DATA))
+    )
+    assert abs(found["accuracy_drop"]) < 2
+    macs = {layer.path: layer.macs for layer in space.layers.found}
+    expected = sum(count * (32 if path == "linear" else 8) * 32 for path, count in macs.items()) / 1e9
+    assert found["gbops"] == pytest.approx(expected)
+
+
+def test_rows_that_are_not_finite_are_wrong() -> None:
+    space = bits("resnet", weights=[8, 32], activations="float")
+    network = Compressible(space, digits(RESNET), 16)
+    bias = network._shared._network.get_submodule("linear").bias
+    own = network.model.get_submodule("linear").bias
+    assert isinstance(bias, torch.Tensor)
+    assert isinstance(own, torch.Tensor)
+    with torch.no_grad():
+        bias[3] = torch.nan
+        own[3] = torch.nan
+    [judged] = network.judged("validation", [space.layer_bits([32] * len(space.columns))], 100)
+    assert (judged.accuracy, judged.drop) == (0.0, 0.0)

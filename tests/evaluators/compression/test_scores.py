@@ -208,5 +208,14 @@ def test_what_a_score_cannot_see_and_what_is_not_finite() -> None:
 
     with pytest.raises(InputError, match=r"score\.broken\.patch_embed.*nan is the damage of 4"):
         Broken().checked(subject)
+
+    class Short(Score):
+        name = "short"
+
+        def measure(self, subject: Subject) -> list[Any]:
+            return [[0.0, 1.0]]
+
+    with pytest.raises(InputError, match=r"score\.short.*one for each site"):
+        Short().checked(subject)
     with pytest.raises(InputError, match=r"score\.draws"):
         Hessian(draws=0)

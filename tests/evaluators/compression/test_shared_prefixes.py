@@ -73,15 +73,17 @@ def test_what_cannot_be_traced_is_run_as_a_whole() -> None:
             y = self.first(x)
             return self.second(y) if y.sum() > 0 else y
 
+    torch.manual_seed(0)
     model = Branching().eval()
     with pytest.warns(UserWarning, match="cannot be traced"):
         shared = SharedPrefixes(model, ["first", "second"], scaled)
     assert not shared.shares
     inputs = torch.randn(3, 4)
     policies = [{"first": 1.0, "second": 2.0}, {"first": -1.0, "second": 2.0}]
-    for policy, output in zip(policies, shared.outputs(inputs, policies), strict=True):
+    with pytest.warns(UserWarning, match="second did not run"):
+        found = shared.outputs(inputs, policies)
+    for policy, output in zip(policies, found, strict=True):
         assert torch.equal(output, alone(model, policy, inputs))
-    assert torch.equal(shared.outputs(inputs, [{"first": 1.0, "second": 1.0}])[0], model(inputs))
 
 
 def test_values_that_are_written_in_place_are_not_shared() -> None:
@@ -111,3 +113,45 @@ def test_a_policy_names_every_layer() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
     with pytest.raises(InputError, match="lacks 1"):
         SharedPrefixes(model, ["0", "1"], scaled).outputs(torch.zeros(1, 2), [{"0": 1.0}])
+
+
+def test_functions_that_work_in_place_are_run_as_a_whole() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z = self.second(y)
+            torch.sigmoid_(y)
+            return z + y
+
+    model = InPlace().eval()
+    inputs = torch.randn(3, 4)
+    policies = [{"first": 1.0, "second": factor} for factor in (1.0, 2.0, 3.0)]
+    with pytest.warns(UserWarning, match="sigmoid_ works in place"):
+        shared = SharedPrefixes(model, ["first", "second"], scaled)
+    for policy, output in zip(policies, shared.outputs(inputs, policies), strict=True):
+        assert torch.equal(output, alone(model, policy, inputs))
+
+
+def test_no_layer_is_bypassed_and_outputs_that_are_no_logits_are_refused() -> None:
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    with pytest.warns(UserWarning, match="as a whole"):
+        shared = SharedPrefixes(encoder, ["linear1", "linear2"], scaled)
+    inputs = torch.randn(2, 3, 4)
+    one, two = shared.outputs(inputs, [{"linear1": f, "linear2": 1.0} for f in (1.0, 2.0)])
+    assert torch.allclose(one, encoder(inputs), atol=1e-5)
+    assert not torch.allclose(one, two, atol=1e-2)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.only(x), x
+
+    with pytest.raises(InputError, match="something else than one tensor"):
+        SharedPrefixes(Two(), ["only"], scaled)

@@ -73,11 +73,13 @@ def test_files_that_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     state = MODELS.build(SMALL, "model").build().state_dict()
     torch.save({**state, "head.weight": torch.zeros(3, 8)}, tmp_path / "shape.pt")
+    torch.save({**state, "head.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.pt")
     for file, words in {
         "none.pt": "is no file",
         "other.pt": "lacks cls_token.*and",
         "pickled.pt": "cannot be read as tensors alone",
         "broken.safetensors": "cannot be read",
+        "nan.pt": r"values in head\.bias that are not finite",
         "shape.pt": r"head\.weight of shape \(3, 8\), not \(10, 8\)",
     }.items():
         with pytest.raises(InputError, match=rf"model\.weights.*{words}"):

@@ -117,6 +117,15 @@ def test_layers_that_cannot_be_given_bits_are_listed() -> None:
     assert [layer.path for layer in found.found] == ["first", "same"]
     assert [layer.calls for layer in found.found] == [1, 2]
     assert set(found.left_alone) == {"unused", "table"}
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = shared[0].weight
+    nn.utils.parametrizations.weight_norm(shared[2])
+    rest = find_layers(shared, torch.zeros(1, 4))
+    assert [layer.path for layer in rest.found] == ["3"]
+    assert rest.left_alone["0"] == "shares its weight with 1"
+    assert "computes its weight" in rest.left_alone["2"]
+    halves = find_layers(nn.Sequential(nn.Linear(4, 4)).to(torch.bfloat16), torch.zeros(1, 4, dtype=torch.bfloat16))
+    assert (halves.found[0].float_bytes, halves.other_bytes) == (32, 8)
     with pytest.raises(InputError, match="fails on an input of shape"):
         find_layers(Odd(), torch.zeros(1, 5))
     with pytest.raises(InputError, match="runs no linear"):
@@ -145,11 +154,16 @@ _TIED = Bits(model=RESNET18, activations=[4, 8])
         ({"keep": {"hed": 8}}, r"space\.keep\.hed.*head"),
         ({"keep": {"head": 9}}, r"space\.keep\.head.*no width"),
         ({"group": 0}, "group"),
+        ({"group": 10**20}, "group"),
+        ({"model": {**VIT, "in_channels": 5, "normalisation": "imagenet"}}, "of 3 channels"),
+        ({"model": {**VIT, "dim": 10**12}}, r"space\.model.*cannot be built"),
+        ({"model": {**VIT, "mlp_ratio": -1.0}}, "mlp_ratio"),
+        ({"model": {**VIT, "seed": 10**22}}, "seed"),
     ],
 )
 def test_what_cannot_be_is_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Bits(model=dict(VIT), **options)
+        Bits(**{"model": dict(VIT), **options})
 
 
 def test_tied_sites_and_unknown_ones() -> None:
