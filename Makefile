@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -57,6 +57,9 @@ bench-latency: venv
 	$(BIN)/python benchmarks/prediction_speed.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/fused_latency.py
+
+bench-policies: venv
+	$(BIN)/python benchmarks/policy_speed.py
 
 # Needs the public tables: ARCHFRONT_DATA.
 bench-few-shot: venv

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from archfront.evaluators.compression.shared_prefixes import SharedPrefixes
+from archfront.evaluators.compression.shared_prefixes import SharedPrefixes, Sharing
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
 from archfront.spaces.policies.bits import Bits
 from archfront.spaces.policies.quantised import FLOAT, Calibration, LayerBits
@@ -56,6 +56,11 @@ class Compressible:
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
             images, labels = images[order], labels[order]
         return [self._normalised(some) for some in torch.split(images, self.batch)], labels
+
+    @property
+    def sharing(self) -> Sharing:
+        """Of the last call of ``outputs``."""
+        return self._shared.sharing
 
     def outputs(self, batch: Tensor, policies: Sequence[dict[str, LayerBits]]) -> list[Tensor]:
         """Logits of each policy, without gradients."""

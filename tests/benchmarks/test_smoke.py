@@ -78,6 +78,12 @@ def test_fused_latency(tmp_path: Path) -> None:
     assert rows[0]["median error"] < rows[1]["median error"]
 
 
+def test_policy_speed(tmp_path: Path) -> None:
+    rows = quick("policy_speed.py", tmp_path)["rows"]
+    assert [row["policies"] for row in rows] == ["random", "mutants of one"] * 2
+    assert all(row["a second together"] > 0 and 0 < row["layers computed"] <= 1 for row in rows)
+
+
 @pytest.mark.slow
 def test_prediction_speed(tmp_path: Path) -> None:
     assert all(row["per_second"] > 0 for row in quick("prediction_speed.py", tmp_path)["rows"])
