@@ -97,7 +97,12 @@ def queries(url: str) -> dict[str, Any]:
         first, members = timed(lambda job=job, arguments=arguments: len(job.front(**arguments)))  # type: ignore[misc]
         warm = [timed(lambda job=job, arguments=arguments: job.front(**arguments))[0] for _ in range(5)]  # type: ignore[misc]
         found[name] = {"first_ms": first, "warm_ms": statistics.median(warm), "members": members}
+        if not arguments:
+            # A job on an open ledger that has read none of the members yet.
+            new = [timed(lambda job=job: archfront.Job(job.ledger).front())[0] for _ in range(5)]  # type: ignore[misc]
+            unread = {"first_ms": new[0], "warm_ms": statistics.median(new), "members": members}
         job.ledger.close()
+    found["stored front, no row read before"] = unread
     return found
 
 
