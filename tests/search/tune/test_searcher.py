@@ -101,7 +101,7 @@ def test_other_spaces_give_the_genotype_and_a_module() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"strategy": {"name": "nsga3"}}, "strategy.name: 'nsga3' is not a known strategie"),
+        ({"strategy": {"name": "nsga3"}}, "strategy.name: 'nsga3' is not a known strategy"),
         ({"strategy": {"name": "nsga2", "populaton": 3}}, "strategy.populaton"),
         ({"space": {"name": "choice"}}, "Did you mean 'choices'"),
         ({"mode": "lowest"}, "mode: 'lowest' is no direction"),
