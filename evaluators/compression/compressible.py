@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from archfront.evaluators.compression.shared_prefixes import SharedPrefixes, Sharing
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
 from archfront.spaces.policies.bits import Bits
-from archfront.spaces.policies.quantised import FLOAT, Calibration, LayerBits
-from archfront.spaces.policies.quantiser import ActivationQuantiser, ActivationRanges
+from archfront.spaces.policies.quantised import Calibration, LayerBits
+from archfront.spaces.policies.quantiser import FLOAT, ActivationQuantiser, ActivationRanges
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from archfront.errors import InputError
+from archfront.spaces.models.weights import ROOT_VARIABLE
 
-ROOT_VARIABLE = "ARCHFRONT_DATA"
 SplitName = Literal["train", "validation", "test"]
 Indices = npt.NDArray[np.int64]
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.spaces.policies.packing import quantised_bytes
+from archfront.spaces.policies.quantiser import FLOAT
 
 if TYPE_CHECKING:
     from archfront.spaces.policies.bits import Bits
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 Vector = npt.NDArray[np.float64]
 
-FLOAT = 32
 NAMES = ("size_bytes", "weight_mb", "gbops")
 MEBI = 2**20
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from archfront.errors import InputError, suggestion
 from archfront.spaces.models.registry import MODELS
 from archfront.spaces.policies.bit_costs import BitCosts
-from archfront.spaces.policies.quantiser import BITS, Granularity, Quantiser, Ranges
+from archfront.spaces.policies.quantiser import BITS, FLOAT, Granularity, Quantiser, Ranges
 from archfront.spaces.policies.site import Policy, Site, complete, tied_groups
 from archfront.spaces.product import Column, ProductSpace
 from archfront.spaces.space import Genotype, Layer, Population, digest_of
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from archfront.spaces.policies.layers import Layers
     from archfront.spaces.policies.quantised import LayerBits
-
-FLOAT = 32
-"""Bits of what is left as it is."""
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 

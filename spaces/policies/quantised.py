@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from archfront.spaces.policies.quantiser import ActivationQuantiser, Quantiser
-
-FLOAT = 32
+from archfront.spaces.policies.quantiser import FLOAT, ActivationQuantiser, Quantiser
 
 
 @dataclass(frozen=True, kw_only=True)

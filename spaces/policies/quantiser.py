@@ -18,6 +18,9 @@ ActivationRanges = Literal["minmax", "percentile", "mse"]
 ScaleType = Literal["float32", "float16"]
 
 BITS = range(2, 9)
+FLOAT = 32
+"""Bits of what is left as it is."""
+
 _LARGEST_GROUP = 2**20
 
 _RATIOS = tuple(1 - 0.01 * i for i in range(61))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tests.support.command_line import command
 
 import archfront
-from archfront.cli.main import main
 from archfront.search.job import JobSpec
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +27,6 @@ FOUND: dict[str, Any] = {
     "budget": {"evaluations": 3},
     "workers": {"executor": "inline"},
 }
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["archfront", *words])
-    with pytest.raises(SystemExit) as ending:
-        main()
-    return int(ending.value.code or 0)
 
 
 def test_a_winner_is_compressed(

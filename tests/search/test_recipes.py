@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from tests.support.command_line import command
 from tests.support.small_models import RESNET, bits, digits, trained
 
 import archfront
-from archfront.cli.main import main
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.search.recipes.recipe import read_budget
@@ -67,13 +66,6 @@ def test_budgets_are_read() -> None:
     }.items():
         with pytest.raises(InputError, match=words):
             read_budget(text)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["archfront", *words])
-    with pytest.raises(SystemExit) as ending:
-        main()
-    return int(ending.value.code or 0)
 
 
 def test_a_recipe_is_run_by_its_name(

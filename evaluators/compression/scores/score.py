@@ -13,7 +13,8 @@ from torch import Tensor
 
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
-from archfront.spaces.policies.quantised import FLOAT, LayerBits
+from archfront.spaces.policies.quantised import LayerBits
+from archfront.spaces.policies.quantiser import FLOAT
 from archfront.spaces.policies.site import Site
 
 Vector = npt.NDArray[np.float64]
