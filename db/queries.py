@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.engine import Connection
 
 from archfront.db.columns import FIXED, Columns, load_columns
 from archfront.db.dominance import nondominated
 from archfront.db.expressions import Condition
 from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow, PredictorRow, Reuse
+from archfront.db.selecting import among
 from archfront.errors import InputError, suggestion
 
 Fidelity = int | Literal["top", "any"]
@@ -60,21 +60,18 @@ def front_numbers(connection: Connection, job_id: int, query: FrontQuery) -> lis
     Raises:
         InputError: an unknown metric, a condition that cannot be parsed.
     """
-    return _members(connection, job_id, query)[0]
-
-
-def _members(connection: Connection, job_id: int, query: FrontQuery) -> tuple[list[int], Columns | None]:
-    """The numbers of a front's evaluations, rising, and their columns if these were read.
-
-    The job's own front of one fidelity is stored with its history and read from there; any other is computed from
-    the packed columns.
-    """
     spec = connection.execute(sa.select(Job.spec).where(Job.id == job_id)).scalar_one()
-    own = query.objectives is None or list(query.objectives) == job_objectives(spec)
-    if own and query.where is None and query.fidelity != "any":
-        return _stored_front(connection, job_id, query.fidelity, query.seq), None
+    if _is_stored(spec, query):
+        return [int(number) for (number,) in _stored_front(connection, job_id, query, FrontMember.number)]
     members = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
-    return members["number"].astype(int).tolist(), members
+    return members["number"].astype(int).tolist()
+
+
+def _is_stored(spec: Mapping[str, Any], query: FrontQuery) -> bool:
+    """The job's own front of one fidelity is stored with its history and read from there; any other is computed from
+    the packed columns."""
+    own = query.objectives is None or list(query.objectives) == job_objectives(spec)
+    return own and query.where is None and query.fidelity != "any"
 
 
 def front_table(
@@ -88,25 +85,51 @@ def front_table(
     Raises:
         InputError: an unknown metric, a condition that cannot be parsed.
     """
-    numbers, columns = _members(connection, job_id, query)
-    fresh = [number for number in numbers if number not in known]
-    if not fresh:
-        return [dict(known[number]) for number in numbers]
-    if columns is not None and len(fresh) < len(numbers):
-        columns = columns.rows(np.isin(columns["number"], fresh))
+    spec = connection.execute(sa.select(Job.spec).where(Job.id == job_id)).scalar_one()
     with _without_collection():
-        rows = _bare_rows(connection, job_id, fresh)
-        # A metric that the columns do not have may be missing, or not a number.
-        if columns is not None and not np.isnan(columns.matrix[:, len(FIXED) :]).any():
-            for name in columns.metrics:
-                for row, value in zip(rows.values(), columns[name].tolist(), strict=True):
-                    row[name] = value
+        if _is_stored(spec, query):
+            stored = _stored_front(connection, job_id, query, FrontMember.number, FrontMember.shown)
+            numbers = [number for number, _ in stored]
+            texts = {number: text for number, text in stored if number not in known}
+            rows = {row["evaluation"]: row for row in _parsed([text for text in texts.values() if text is not None])}
+            rows |= _rows(connection, job_id, [number for number, text in texts.items() if text is None])
         else:
-            metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value)
-            metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, fresh))
-            for number, name, value in connection.execute(metrics).all():
-                rows[number][name] = value
+            columns = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
+            numbers = columns["number"].astype(int).tolist()
+            fresh = [number for number in numbers if number not in known]
+            if len(fresh) < len(numbers):
+                columns = columns.rows(np.isin(columns["number"], fresh))
+            rows = _rows(connection, job_id, fresh, columns)
     return [dict(known[number]) if number in known else rows[number] for number in numbers]
+
+
+def shown_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> dict[int, str]:
+    """By number, the row of ``front_table`` as the text that is kept with a member of a front."""
+    return {number: json.dumps(row) for number, row in _rows(connection, job_id, numbers).items()}
+
+
+def _rows(
+    connection: Connection, job_id: int, numbers: Sequence[int], columns: Columns | None = None
+) -> dict[int, dict[str, Any]]:
+    """The rows of ``front_table`` by number, in the order of ``numbers``.
+
+    Args:
+        columns: of the same evaluations in the same order, if they were read: metrics are then taken from there.
+    """
+    if not numbers:
+        return {}
+    rows = _bare_rows(connection, job_id, numbers)
+    # A metric that the columns do not have may be missing, or not a number.
+    if columns is not None and not np.isnan(columns.matrix[:, len(FIXED) :]).any():
+        for name in columns.metrics:
+            for row, value in zip(rows.values(), columns[name].tolist(), strict=True):
+                row[name] = value
+        return rows
+    metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value)
+    metrics = metrics.where(MetricRow.job_id == job_id, among(connection, MetricRow.number, numbers))
+    for number, name, value in connection.execute(metrics).all():
+        rows[number][name] = value
+    return rows
 
 
 def _bare_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -114,7 +137,7 @@ def _bare_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> d
     query = (
         sa.select(Evaluation.number, Candidate.key, sa.cast(Candidate.genotype, sa.Text), Evaluation.fidelity)
         .join(Candidate, Candidate.id == Evaluation.candidate_id)
-        .where(Evaluation.job_id == job_id, _among(connection, Evaluation.number, numbers))
+        .where(Evaluation.job_id == job_id, among(connection, Evaluation.number, numbers))
     )
     found = connection.execute(query).all()
     rows = {
@@ -179,10 +202,10 @@ def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int])
         )
         .join(Candidate, Candidate.id == Evaluation.candidate_id)
         .outerjoin(Reuse, (Reuse.job_id == Evaluation.job_id) & (Reuse.number == Evaluation.number))
-        .where(Evaluation.job_id == job_id, _among(connection, Evaluation.number, numbers))
+        .where(Evaluation.job_id == job_id, among(connection, Evaluation.number, numbers))
     )  # fmt: skip
     metrics = sa.select(MetricRow.number, MetricRow.name, MetricRow.value, MetricRow.std, MetricRow.provenance)
-    metrics = metrics.where(MetricRow.job_id == job_id, _among(connection, MetricRow.number, numbers))
+    metrics = metrics.where(MetricRow.job_id == job_id, among(connection, MetricRow.number, numbers))
     rows = _with_candidates(connection, connection.execute(query).all())
     for number, name, value, std, provenance in connection.execute(metrics).all():
         row = rows[number]
@@ -227,19 +250,6 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _among(connection: Connection, column: Any, numbers: Sequence[int]) -> sa.ColumnElement[bool]:
-    """Whether a column is one of any many numbers, as one parameter: thousands of them would have to be written out."""
-    found: sa.ColumnElement[bool]
-    if connection.dialect.name == "sqlite":
-        given = sa.func.json_each(json.dumps(list(numbers))).table_valued("value")
-        found = column.in_(sa.select(given.c.value))
-        return found
-    # As one text: psycopg would look at each number of a list.
-    array = sa.cast(sa.func.string_to_array(",".join(map(str, numbers)), ","), ARRAY(sa.BigInteger))
-    found = column == sa.any_(array)
-    return found
-
-
 def front_history(connection: Connection, job_id: int, fidelity: int) -> list[tuple[int, int, int | None]]:
     """All stays in the front of a fidelity: (evaluation, entered_seq, left_seq)."""
     query = (
@@ -279,18 +289,18 @@ def latest_predictor(connection: Connection, job_id: int) -> dict[str, Any] | No
     return {name: row[name] for name in ("version", "pairs", "evaluator")} | errors
 
 
-def _stored_front(connection: Connection, job_id: int, fidelity: Fidelity, seq: int | None) -> list[int]:
-    level = top_fidelity(connection, job_id, seq) if fidelity == "top" else fidelity
+def _stored_front(connection: Connection, job_id: int, query: FrontQuery, *what: Any) -> list[Any]:
+    """``what`` of the members, whose first is the number, in the order of the numbers."""
+    level = top_fidelity(connection, job_id, query.seq) if query.fidelity == "top" else query.fidelity
     if level is None:
         return []
-    query = sa.select(FrontMember.number).where(FrontMember.job_id == job_id, FrontMember.fidelity == level)
-    if seq is None:
-        query = query.where(FrontMember.left_seq.is_(None))
+    stays = sa.select(*what).where(FrontMember.job_id == job_id, FrontMember.fidelity == level)
+    if query.seq is None:
+        stays = stays.where(FrontMember.left_seq.is_(None))
     else:
-        query = query.where(
-            FrontMember.entered_seq <= seq, sa.or_(FrontMember.left_seq.is_(None), FrontMember.left_seq > seq)
-        )
-    return sorted(connection.execute(query).scalars())
+        still = sa.or_(FrontMember.left_seq.is_(None), FrontMember.left_seq > query.seq)
+        stays = stays.where(FrontMember.entered_seq <= query.seq, still)
+    return sorted(connection.execute(stays).all(), key=lambda row: row[0])
 
 
 def _computed_front(columns: Columns, query: FrontQuery, own: Sequence[tuple[str, str]]) -> Columns:

@@ -256,7 +256,11 @@ class MetricRow(Base):
 
 
 class FrontMember(Base):
-    """A stay of an evaluation in the front of its fidelity: from one ``seq`` until, not including, another."""
+    """A stay of an evaluation in the front of its fidelity: from one ``seq`` until, not including, another.
+
+    ``shown`` is what a reader of a front asks of a member, as one JSON text, so that a front is one read of one table:
+    rebuildable from the rows, and null in fronts that an older version wrote.
+    """
 
     __tablename__ = "front_members"
     job_id: Mapped[int] = mapped_column(primary_key=True)
@@ -264,6 +268,7 @@ class FrontMember(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     entered_seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     left_seq: Mapped[int | None]
+    shown: Mapped[str | None] = mapped_column(Text)
     __table_args__ = (
         ForeignKeyConstraint(["job_id", "number"], ["evaluations.job_id", "evaluations.number"], ondelete="CASCADE"),
         _CLUSTERED,

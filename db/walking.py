@@ -80,7 +80,7 @@ def walk(connection: Connection, job_id: int, by: Literal["number", "seq"] = "nu
         for m in connection.execute(metrics.order_by(MetricRow.number, MetricRow.name)):
             value = float("nan") if m.value is None else m.value
             walked[m.number].metrics[m.name] = MetricValue(value, m.std, m.provenance, m.predictor, m.device)
-        stays = sa.select(FrontMember).where(
+        stays = sa.select(FrontMember.number, FrontMember.entered_seq, FrontMember.left_seq).where(
             FrontMember.job_id == job_id, _among(FrontMember.number, by, start, within)
         )
         for stay in connection.execute(stays.order_by(FrontMember.entered_seq)):

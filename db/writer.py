@@ -17,6 +17,7 @@ from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_row
 from archfront.db.connection import Patience, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
+from archfront.db.queries import shown_rows
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, PredictorRecord
 from archfront.db.schema import WORKER_LENGTH, ColumnChunk, FrontMember, Job, Lease
 from archfront.errors import LeaseLostError, LedgerError
@@ -261,12 +262,13 @@ class JobWriter:
     def _write_front(self, connection: Connection, changes: Sequence[tuple[int, FrontChange]]) -> None:
         # Within one commit a member may enter and leave: it is inserted with both ends.
         left = {(fidelity, c.number): c.seq for fidelity, c in changes if not c.entered}
+        shown = shown_rows(connection, self.job_id, [c.number for _, c in changes if c.entered])
         entered = [
-            (self.job_id, fidelity, c.number, c.seq, left.pop((fidelity, c.number), None))
+            (self.job_id, fidelity, c.number, c.seq, left.pop((fidelity, c.number), None), shown[c.number])
             for fidelity, c in changes
             if c.entered
         ]
-        columns = ("job_id", "fidelity", "number", "entered_seq", "left_seq")
+        columns = ("job_id", "fidelity", "number", "entered_seq", "left_seq", "shown")
         self._bulk.insert(connection, "front_members", columns, entered)
         self._bulk.update(
             connection,

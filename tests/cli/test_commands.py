@@ -289,7 +289,7 @@ def test_resuming_under_changed_code_asks(archfront: Command, tmp_path: Path, pl
 
 def test_database_commands(archfront: Command, tmp_path: Path, plugin: Path) -> None:
     archfront("run", job_file(tmp_path, evaluations=10), "--plugin", str(plugin))
-    assert archfront("db", "current")[1].strip() == "v0_3_0"
+    assert archfront("db", "current")[1].strip() == "v0_4_0"
     assert archfront("db", "check")[0] == 0
     assert archfront("db", "upgrade")[0] == 0
 

@@ -41,6 +41,19 @@ def test_what_is_kept_is_what_is_there(url: str, plugin: Path) -> None:
     assert {row["evaluation"] for row in after} != before
 
 
+def test_members_of_an_older_ledger(url: str, plugin: Path) -> None:
+    """Fronts written before members showed themselves are read from the tables: now, and at every past moment."""
+    job = archfront.run(synthetic_job(40), db=url, plugins=[plugin])
+    moments: list[dict[str, Any]] = [{}, *({"at": number} for number in range(40))]
+    shown = [rows(archfront.Job(url), asked) for asked in moments]
+    with job.ledger.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE front_members SET shown = NULL WHERE number % 2 = 0"))
+    assert [rows(archfront.Job(url), asked) for asked in moments] == shown
+    with job.ledger.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE front_members SET shown = NULL"))
+    assert [rows(archfront.Job(url), asked) for asked in moments] == shown
+
+
 def test_metrics_that_are_no_numbers(url: str, plugin: Path) -> None:
     """The packed columns do not tell a metric that is missing from one that is not a number; the rows do."""
     job = archfront.run(synthetic_job(20), db=url, plugins=[plugin])
@@ -48,6 +61,7 @@ def test_metrics_that_are_no_numbers(url: str, plugin: Path) -> None:
         found = rows(job, {"fidelity": "any"})[0]["evaluation"]
         statement = "UPDATE metrics SET value = NULL WHERE number = :number AND name = 'cost'"
         connection.execute(sa.text(statement), {"number": found})
+        connection.execute(sa.text("UPDATE front_members SET shown = NULL"))
     fresh = archfront.Job(url)
     by_number = {row["evaluation"]: row for row in fresh.front(objectives=["gain"])}
     stored = {row["evaluation"]: row for row in fresh.front()}
