@@ -64,7 +64,7 @@ def front_numbers(connection: Connection, job_id: int, query: FrontQuery) -> lis
     if _is_stored(spec, query):
         return [int(number) for (number,) in _stored_front(connection, job_id, query, FrontMember.number)]
     members = _computed_front(load_columns(connection, job_id), query, job_objectives(spec))
-    return members["number"].astype(int).tolist()
+    return [int(number) for number in members["number"]]
 
 
 def _is_stored(spec: Mapping[str, Any], query: FrontQuery) -> bool:
@@ -103,8 +103,13 @@ def front_table(
     return [dict(known[number]) if number in known else rows[number] for number in numbers]
 
 
+def shown(number: int, key: str, genotype: Any, fidelity: int, metrics: Mapping[str, float | None]) -> str:
+    """The row of ``front_table`` as the text that is kept with a member of a front."""
+    return json.dumps({"evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity, **metrics})
+
+
 def shown_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> dict[int, str]:
-    """By number, the row of ``front_table`` as the text that is kept with a member of a front."""
+    """By number, ``shown`` of evaluations as they are in the ledger."""
     return {number: json.dumps(row) for number, row in _rows(connection, job_id, numbers).items()}
 
 

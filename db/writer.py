@@ -17,7 +17,7 @@ from archfront.db.columns import CHUNK_ROWS, FIXED, load_columns, pack, read_row
 from archfront.db.connection import Patience, write
 from archfront.db.front import FrontChange, IncrementalFront
 from archfront.db.lease import LEASE_S
-from archfront.db.queries import shown_rows
+from archfront.db.queries import shown, shown_rows
 from archfront.db.records import AskRecord, AttemptRecord, FinishedRecord, PredictorRecord
 from archfront.db.schema import WORKER_LENGTH, ColumnChunk, FrontMember, Job, Lease
 from archfront.errors import LeaseLostError, LedgerError
@@ -45,6 +45,8 @@ class JobWriter:
         self._objectives = list(objectives)
         self._bulk = bulk_of(engine.dialect.name)
         self._refresh_at = _FIRST_REFRESH
+        # Key and genotype of what this writer has written ahead: what enters a front need not be read again.
+        self._ahead: dict[int, tuple[str, Any]] = {}
         with engine.connect() as connection:
             self._restore(connection)
 
@@ -66,6 +68,9 @@ class JobWriter:
         """
         seqs = list(range(self.next_seq, self.next_seq + len(finished)))
         changes = self._front_changes(seqs, finished)
+        for ask in asks:
+            numbers = range(ask.first, ask.first + ask.count)
+            self._ahead.update(zip(numbers, zip(ask.keys, ask.genotypes, strict=True), strict=True))
         tail_start = len(self._tail)
 
         def step(connection: Connection, moment: float) -> None:
@@ -74,12 +79,14 @@ class JobWriter:
             self._write_attempts(connection, attempts, moment)
             del self._tail[tail_start:]
             self._write_finished(connection, seqs, finished, moment)
-            self._write_front(connection, changes)
+            self._write_front(connection, changes, finished)
             self._pack_tail(connection)
             if self.next_seq + len(finished) > self._refresh_at:
                 self._bulk.refresh_plans(connection)
 
         cancel = self._transact(step)
+        for record in finished:
+            self._ahead.pop(record.number, None)
         self.next_seq += len(finished)
         while self.next_seq > self._refresh_at:
             self._refresh_at *= _REFRESH_GROWTH
@@ -259,12 +266,17 @@ class JobWriter:
             fixed = (seq, f.number, f.fidelity, f.state == "done", violation, moment)
             self._tail.append(row | dict(zip(FIXED, fixed, strict=True)))
 
-    def _write_front(self, connection: Connection, changes: Sequence[tuple[int, FrontChange]]) -> None:
+    def _write_front(
+        self,
+        connection: Connection,
+        changes: Sequence[tuple[int, FrontChange]],
+        finished: Sequence[FinishedRecord],
+    ) -> None:
         # Within one commit a member may enter and leave: it is inserted with both ends.
         left = {(fidelity, c.number): c.seq for fidelity, c in changes if not c.entered}
-        shown = shown_rows(connection, self.job_id, [c.number for _, c in changes if c.entered])
+        texts = self._shown(connection, {c.number for _, c in changes if c.entered}, finished)
         entered = [
-            (self.job_id, fidelity, c.number, c.seq, left.pop((fidelity, c.number), None), shown[c.number])
+            (self.job_id, fidelity, c.number, c.seq, left.pop((fidelity, c.number), None), texts[c.number])
             for fidelity, c in changes
             if c.entered
         ]
@@ -278,6 +290,17 @@ class JobWriter:
             [(seq, self.job_id, fidelity, number) for (fidelity, number), seq in left.items()],
             "left_seq IS NULL",
         )
+
+    def _shown(self, connection: Connection, numbers: set[int], finished: Sequence[FinishedRecord]) -> dict[int, str]:
+        """By number, what ``queries.shown_rows`` reads."""
+        found = {}
+        for record in finished:
+            if record.number in numbers and record.number in self._ahead:
+                key, genotype = self._ahead[record.number]
+                metrics = {name: m.value if m.value == m.value else None for name, m in record.metrics.items()}
+                found[record.number] = shown(record.number, key, genotype, record.fidelity, metrics)
+        # What was under way when an earlier run ended.
+        return found | shown_rows(connection, self.job_id, sorted(numbers - set(found)))
 
     def _pack_tail(self, connection: Connection) -> None:
         for start in range(0, len(self._tail) - CHUNK_ROWS + 1, CHUNK_ROWS):

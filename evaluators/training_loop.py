@@ -42,16 +42,30 @@ class Run:
     Args:
         build: makes the network from torch's global generator.
         data: whose training part is used.
-        recipe: the settings.
+        recipe: the settings; tokens are never augmented.
         seed: of everything random.
+        normalised: what the network is given of images as they are stored; ``data.normalised`` by default.
+        loss: what is made small, of ``(batch, logits, labels)``, the batch normalised: a number. By default the
+            label-smoothed cross entropy, of tokens over all places.
     """
 
-    def __init__(self, build: Callable[[], nn.Module], data: DataSet, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        data: DataSet,
+        recipe: Recipe,
+        seed: int,
+        *,
+        normalised: Callable[[Tensor], Tensor] | None = None,
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         self.recipe = recipe
         self.data = data
         self.seed = seed
         self.epoch = 0
         self.loss = float("nan")
+        self._normalised = data.normalised if normalised is None else normalised
+        self._objective = self._cross_entropy if loss is None else loss
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Convolutions of this size run about twice as fast on a CPU with the channels last.
@@ -77,7 +91,9 @@ class Run:
             total = torch.zeros(())
             for i in range(self.steps):
                 chosen = order[i * self.recipe.batch : (i + 1) * self.recipe.batch]
-                images = augmented(self._images[chosen], self.recipe, rng)
+                images = self._images[chosen]
+                if not self.data.tokens:
+                    images = augmented(images, self.recipe, rng)
                 total += self._step(images, self._labels[chosen], epoch * self.steps + i, epochs)
             self.epoch = epoch + 1
             self.loss = float(total) / self.steps
@@ -86,15 +102,24 @@ class Run:
         rate = self.recipe.learning_rate * self.recipe.factor(step, self.steps, epochs)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        batch = self.data.normalised(images).contiguous(memory_format=torch.channels_last)
-        loss = functional.cross_entropy(self.model(batch), labels, label_smoothing=self.recipe.label_smoothing)
+        batch = self._batch(images)
+        loss = self._objective(batch, self.model(batch), labels)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss.detach()
 
+    def _batch(self, images: Tensor) -> Tensor:
+        batch = self._normalised(images)
+        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+
+    def _cross_entropy(self, _batch: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
+
     def accuracy(self, part: SplitName) -> float:
-        """Percent of a part's images that the network classifies right; nan if it gives no numbers."""
+        """Percent of a part's images, or of its places of tokens, that the network has right; nan if it gives no
+        numbers."""
         images, labels = self.data.part(part)
         self.model.eval()
         right = 0
@@ -102,11 +127,11 @@ class Run:
             for some, wanted in zip(
                 torch.split(images, _EVALUATION_BATCH), torch.split(labels, _EVALUATION_BATCH), strict=True
             ):
-                logits = self.model(self.data.normalised(some).contiguous(memory_format=torch.channels_last))
+                logits = self.model(self._batch(some))
                 if not torch.isfinite(logits).all():
                     return float("nan")
-                right += int((logits.argmax(1) == wanted).sum())
-        return 100 * right / len(labels)
+                right += int((logits.argmax(-1) == wanted).sum())
+        return 100 * right / labels.numel()
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the network's parameters and buffers, contiguous."""

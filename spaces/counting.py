@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from archfront.spaces.blocks import NO_BLOCK, BlockSpace
+from archfront.spaces.policies.packing import quantised_bytes
+from archfront.spaces.policies.quantised import float_weight, quantised_layers
 from archfront.spaces.space import Population
 
 FLOAT_BYTES = 4
@@ -25,7 +27,8 @@ class Cost:
     Attributes:
         params: trainable and frozen parameters, shared ones once.
         macs: multiply-accumulates of convolutions and matrix products (linear, attention).
-        size_bytes: parameters and floating buffers (batch norm statistics) as float32, other buffers as they are.
+        size_bytes: parameters and floating buffers (batch norm statistics) as float32, quantised weights as packed
+            codes and scales, other buffers as they are.
         activation_bytes: the peak, not the sum: the largest input plus output, as float32, of one leaf module. A
             runtime that keeps nothing else alive needs at least so much for activations; residuals come on top.
     """
@@ -78,7 +81,12 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
             handle.remove()
     buffers = sum(b.numel() * (FLOAT_BYTES if b.is_floating_point() else b.element_size()) for b in model.buffers())
     params = sum(p.numel() for p in model.parameters())
-    return Cost(params, int(counter.get_total_flops()) // 2, params * FLOAT_BYTES + buffers, peak * FLOAT_BYTES)
+    size = params * FLOAT_BYTES + buffers
+    for _, layer, holder in quantised_layers(model):
+        weight = float_weight(layer)
+        assert weight is not None
+        size += round(quantised_bytes(weight.shape, holder.quantiser)) - weight.numel() * FLOAT_BYTES
+    return Cost(params, int(counter.get_total_flops()) // 2, size, peak * FLOAT_BYTES)
 
 
 def block_costs(space: BlockSpace) -> list[Cost]:

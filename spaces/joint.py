@@ -45,7 +45,7 @@ class Joint(Space):
     side (``columns``, named ``part.column``), so that samplers of vectors serve it; else an ``(n, parts)`` matrix of
     objects, one packed row of each part.
 
-    One part is the network: what ``build`` makes. The parts that are a ``Transform`` then change it, in order; any
+    One part is the network: what ``build`` makes. The others that are a ``Transform`` then change it, in order; any
     other part is for evaluators, which read the genotype. Of the network's part show through: the shape of its
     input, and where nothing transforms it its blocks (``BlockSpace``) and costs.
 
@@ -244,7 +244,7 @@ class Joint(Space):
         [member] = self.to_json(self.from_json([genotype]))
         module = self.parts[self.network].build(member[self.network])
         for name, space in self.parts.items():
-            if isinstance(space, Transform) and member[name] is not None:
+            if name != self.network and isinstance(space, Transform) and member[name] is not None:
                 module = space.apply(module, member[name])
         return module
 

@@ -18,6 +18,7 @@ BUILT_IN = {
     "joint": "archfront.spaces.joint:Joint",
     "bounded": "archfront.spaces.bounded:Bounded",
     "bits": "archfront.spaces.policies.bits:Bits",
+    "depth-bits": "archfront.spaces.policies.depth_bits:DepthBits",
     "choices": "archfront.spaces.choices:Choices",
     "recorded": "archfront.spaces.recorded:Recorded",
 }

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from archfront.evaluators.compression.fine_tuning import FineTuning
+from archfront.evaluators.compression.quantised_layers import QuantisedLayers
+from archfront.evaluators.compression.recovery.recovery import Case, Recovery
 from archfront.evaluators.compression.shared_prefixes import SharedPrefixes, Sharing
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
 from archfront.spaces.policies.bits import Bits
-from archfront.spaces.policies.quantised import Calibration, LayerBits
-from archfront.spaces.policies.quantiser import FLOAT, ActivationQuantiser, ActivationRanges
+from archfront.spaces.policies.measured_costs import measured_costs
+from archfront.spaces.policies.policy_space import Policies, Variant
+
+_MODELS_KEPT = 256
+"""Compressed networks that are kept while batch after batch passes through them."""
+
+
+Tune = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Of one policy over some images: percent right, and how many points below the network itself."""
+    """Of one policy over some samples: percent right, and how many points below the network itself."""
 
     accuracy: float
     accuracy_std: float
@@ -27,119 +39,175 @@ class Judged:
 
 
 class Compressible:
-    """A trained network ready to be run under many policies of bits.
+    """A trained network ready to be run under many policies.
+
+    Policies of bits alone share what they compute alike; any other policy, and any recovery, makes a network of its
+    own.
 
     Args:
         space: of its policies.
         data: to judge and to calibrate on.
-        calibration: images of the training part.
-        batch: images that pass at once.
-        ranges: of activations.
+        calibration: samples of the training part.
+        batch: samples that pass at once.
+        recovery: steps that each compressed network goes through.
+        fine_tuning: that each compressed network gets, and the network itself before it is compared with them.
+        reference: fine-tunes the network itself for a seed, or finds it tuned; in place.
     """
 
     def __init__(
-        self, space: Bits, data: DataSet, calibration: int, batch: int = 256, ranges: ActivationRanges = "mse"
+        self,
+        space: Policies,
+        data: DataSet,
+        calibration: int,
+        batch: int = 256,
+        *,
+        recovery: Sequence[Recovery] = (),
+        fine_tuning: FineTuning | None = None,
+        reference: Callable[[int, nn.Module, Tune], nn.Module] = lambda _, network, tune: tune(network),
     ) -> None:
         self.space, self.data, self.batch = space, data, batch
+        self.recovery, self.fine_tuning = list(recovery), fine_tuning
+        self._reference = reference
         self.model = space.source.build()
-        self._weights: dict[tuple[str, int], Tensor] = {}
-        self._right: dict[tuple[SplitName, int | None], Tensor] = {}
-        paths = [layer.path for layer in space.layers.found]
-        self._ranges = self._calibrated(paths, calibration, ranges)
-        self._shared = SharedPrefixes(self.model, paths, self._run)
+        self._calibration, self._calibration_labels = self.inputs("train", calibration)
+        self._right: dict[tuple[SplitName, int | None, int], Tensor] = {}
+        self._plain: OrderedDict[str, nn.Module] = OrderedDict()
+        self._prepared: tuple[str, nn.Module] | None = None
 
     def inputs(self, part: SplitName, count: int | None = None) -> tuple[list[Tensor], Tensor]:
-        """Normalised batches of a part's first images, which are spread over the classes, and all their labels."""
+        """Normalised batches of a part's first samples, which are spread over the classes, and all their labels."""
         images, labels = self.data.part(part)
         if count is not None:
             # Parts lie in the order of the data, which may be that of the classes.
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
             images, labels = images[order], labels[order]
-        return [self._normalised(some) for some in torch.split(images, self.batch)], labels
+        return [self.normalised(some) for some in torch.split(images, self.batch)], labels
 
-    @property
-    def sharing(self) -> Sharing:
-        """Of the last call of ``outputs``."""
-        return self._shared.sharing
-
-    def outputs(self, batch: Tensor, policies: Sequence[dict[str, LayerBits]]) -> list[Tensor]:
-        """Logits of each policy, without gradients."""
-        return self._shared.outputs(batch, policies)
-
-    def judged(self, part: SplitName, policies: Sequence[dict[str, LayerBits]], count: int | None) -> list[Judged]:
-        """Each policy over a part, or over so many images of it."""
-        batches, labels = self.inputs(part, count)
-        right = torch.zeros(len(policies), len(labels), dtype=torch.bool)
-        start = 0
-        for batch in batches:
-            wanted = labels[start : start + len(batch)]
-            for row, logits in enumerate(self.outputs(batch, policies)):
-                right[row, start : start + len(batch)] = _right(logits, wanted)
-            start += len(batch)
-        own = self._own(part, count, batches, labels)
-        return [_judged(own, row) for row in right]
-
-    def _own(self, part: SplitName, count: int | None, batches: list[Tensor], labels: Tensor) -> Tensor:
-        """Which images the network itself has right."""
-        if (part, count) not in self._right:
-            with torch.no_grad():
-                self._right[part, count] = _right(torch.cat([self.model(batch) for batch in batches]), labels)
-        return self._right[part, count]
-
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the network takes, of the data's samples."""
         fixed = self.space.source.mean_and_deviation
         if fixed is None:
             return self.data.normalised(images)
         mean, std = (torch.tensor(values[: images.shape[1]]).view(-1, 1, 1) for values in fixed)
         return (images.float() / 255 - mean) / std
 
-    def _calibrated(self, paths: list[str], count: int, ranges: ActivationRanges) -> Callable[[str, int], nn.Module]:
-        widths = {bits for bits in self.space.keep.values() if bits != FLOAT}
-        if self.space.activations == "float":
-            widths = set()
-        else:
-            chosen = self.space.weight_bits if self.space.activations == "follow" else self.space.activations
-            widths |= {int(bits) for bits in chosen if bits != FLOAT}
-        batches, _ = self.inputs("train", count)
-        return Calibration(
-            self.model, paths, batches, tuple(sorted(widths)), lambda bits: ActivationQuantiser(bits, ranges=ranges)
-        )
+    @property
+    def shares(self) -> bool:
+        """Whether policies share what they compute alike."""
+        return isinstance(self.space, Bits) and not self.recovery and self.fine_tuning is None
 
-    def _run(self, path: str, layer: nn.Module, bits: LayerBits, features: Tensor) -> Tensor:
-        if bits.activations != FLOAT:
-            features = self._ranges(path, bits.activations)(features)
-        # The class's own forward: layers may pad or standardise as they like. The weight is put in its place meanwhile.
-        kept = layer._parameters["weight"]
-        layer._parameters["weight"] = self._weight(path, layer, bits.weights)  # type: ignore[assignment]
-        try:
-            output: Tensor = type(layer).forward(layer, features)
-        finally:
-            layer._parameters["weight"] = kept
-        return output
+    @property
+    def sharing(self) -> Sharing:
+        """Of the last call of ``outputs``, where policies share."""
+        return self._shared.sharing
 
-    def _weight(self, path: str, layer: nn.Module, bits: int) -> Tensor:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        if bits == FLOAT:
-            return weight
-        if (path, bits) not in self._weights:
-            self._weights[path, bits] = self.space.quantiser(bits).fake(weight)
-        return self._weights[path, bits]
+    def outputs(self, batch: Tensor, policies: Sequence[Variant]) -> list[Tensor]:
+        """Logits under each policy, before any recovery, without gradients."""
+        if isinstance(self.space, Bits):
+            return self._shared.outputs(batch, policies)
+        with torch.no_grad():
+            return [self._transformed(policy)(batch) for policy in policies]
+
+    def prepared(self, policy: Variant, seed: int = 0) -> nn.Module:
+        """The network under a policy, recovered and fine-tuned; the last one is kept."""
+        key = f"{seed} {_key(policy)}"
+        if self._prepared is None or self._prepared[0] != key:
+            student = self.space.transform(copy.deepcopy(self.model), policy, self._calibration).eval()
+            case = Case(
+                student=student,
+                teacher=self.model,
+                batches=self._calibration,
+                labels=self._calibration_labels,
+                seed=seed,
+            )
+            for step in self.recovery:
+                step.recover(case)
+            if self.fine_tuning is not None:
+                self.fine_tuning.tune(student, self.model, self.data, self.normalised, seed)
+            self._prepared = key, student
+        return self._prepared[1]
+
+    def costs(self, policy: Variant, seed: int = 0) -> dict[str, float]:
+        """``COSTS`` of the prepared network."""
+        return measured_costs(self.prepared(policy, seed), self.space.source.example())
+
+    def judged(self, part: SplitName, policies: Sequence[Variant], count: int | None, seed: int = 0) -> list[Judged]:
+        """Each policy over a part, or over so many samples of it, against the network itself, fine-tuned alike."""
+        batches, labels = self.inputs(part, count)
+        own = self._own(part, count, seed, batches, labels)
+        if not self.shares:
+            return [_judged(own, _all_right(self.prepared(policy, seed), batches, labels)) for policy in policies]
+        right = torch.zeros(len(policies), *labels.shape, dtype=torch.bool)
+        start = 0
+        for batch in batches:
+            wanted = labels[start : start + len(batch)]
+            for row, logits in enumerate(self.outputs(batch, policies)):
+                right[row, start : start + len(batch)] = _right(logits, wanted)
+            start += len(batch)
+        return [_judged(own, row) for row in right]
+
+    def reference(self, seed: int = 0) -> nn.Module:
+        """The network that drops are measured from: itself, fine-tuned as the compressed ones are."""
+        tuning = self.fine_tuning
+        if tuning is None:
+            return self.model
+
+        def tune(network: nn.Module) -> nn.Module:
+            return tuning.tune(network, self.model, self.data, self.normalised, seed)
+
+        return self._reference(seed, copy.deepcopy(self.model), tune)
+
+    def _own(self, part: SplitName, count: int | None, seed: int, batches: list[Tensor], labels: Tensor) -> Tensor:
+        """Which samples the reference has right."""
+        if (part, count, seed) not in self._right:
+            self._right[part, count, seed] = _all_right(self.reference(seed), batches, labels)
+        return self._right[part, count, seed]
+
+    @cached_property
+    def _shared(self) -> SharedPrefixes:
+        assert isinstance(self.space, Bits)
+        layers = QuantisedLayers(self.space, self.model, self._calibration)
+        return SharedPrefixes(self.model, layers.paths, layers)
+
+    def _transformed(self, policy: Variant) -> nn.Module:
+        """The network under a policy alone."""
+        key = _key(policy)
+        if key not in self._plain:
+            made = self.space.transform(copy.deepcopy(self.model), policy, self._calibration)
+            self._plain[key] = made.eval()
+            while len(self._plain) > _MODELS_KEPT:
+                self._plain.popitem(last=False)
+        return self._plain[key]
+
+
+def _key(policy: Variant) -> str:
+    return repr(sorted(policy.items()))
+
+
+def _all_right(model: nn.Module, batches: Sequence[Tensor], labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _right(torch.cat([model(batch) for batch in batches]), labels)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which rows are classified right; one that is not finite is not."""
-    return (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
+    """Which labels are met; where a logit is not finite, none is."""
+    return (logits.argmax(-1) == labels) & torch.isfinite(logits).all(-1)
 
 
 def _judged(own: Tensor, right: Tensor) -> Judged:
-    count = len(right)
-    share = float(right.double().mean())
-    difference = own.double() - right.double()
-    spread = float(difference.std()) if count > 1 else 0.0
+    """Of ``(n,)`` samples, or of ``(n, places)``: places of one sample are not independent, and count together."""
+    before, after = (x.double().reshape(len(x), -1).mean(1) for x in (own, right))
+    count = len(after)
+    share = float(after.mean())
+    # Of single labels the deviation is known; that of a sample's share is observed.
+    deviation = math.sqrt(share * (1 - share)) if right.dim() == 1 else _spread(after)
     return Judged(
         accuracy=100 * share,
-        accuracy_std=100 * math.sqrt(share * (1 - share) / count),
-        drop=100 * float(difference.mean()),
-        drop_std=100 * spread / math.sqrt(count),
+        accuracy_std=100 * deviation / math.sqrt(count),
+        drop=100 * float((before - after).mean()),
+        drop_std=100 * _spread(before - after) / math.sqrt(count),
     )
+
+
+def _spread(values: Tensor) -> float:
+    return float(values.std()) if len(values) > 1 else 0.0

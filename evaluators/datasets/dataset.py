@@ -26,20 +26,27 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set as it is stored.
+    """A data set as it is stored: images with one label each, or rows of tokens with one label at every place.
 
     Attributes:
-        images: ``(n, channels, height, width)`` uint8, 0 to 255.
-        labels: ``(n,)`` int64, from 0.
+        images: ``(n, channels, height, width)`` uint8, 0 to 255; of tokens ``(n, context)`` uint8.
+        labels: ``(n,)`` int64, from 0; of tokens ``(n, context)``.
         classes: names in the order of the labels.
         test_from: index of the first image of the set's own test part, which then stays its test part; None where
             there is none and the test part is drawn.
+        split: the parts, where the source deals them itself; None where they are drawn by class.
     """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     test_from: int | None = None
+    split: Mapping[SplitName, Indices] | None = None
+
+    @property
+    def tokens(self) -> bool:
+        """Whether these are rows of tokens."""
+        return self.images.ndim == 2
 
 
 class Source(ABC):
@@ -55,8 +62,10 @@ class Source(ABC):
     def read(self, resolution: int, channels: int) -> RawData:
         """All images; a source of mixed sizes gives them at the wanted resolution, others at their own.
 
+        A source of tokens gives rows of ``resolution`` of them.
+
         Raises:
-            InputError: the files are missing or unreadable.
+            InputError: the files are missing or unreadable, or hold nothing for such a network.
         """
 
     @property
@@ -82,15 +91,16 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images at one resolution and their split.
+    """Images at one resolution, or rows of tokens, and their split.
 
     Attributes:
         name: the data set's.
-        images: ``(n, channels, height, width)`` uint8.
-        labels: ``(n,)`` int64.
+        images: ``(n, channels, height, width)`` uint8; of tokens ``(n, context)`` uint8.
+        labels: ``(n,)`` int64; of tokens ``(n, context)``, one at every place.
         classes: names in the order of the labels.
         split: indices of the three parts, disjoint, each in rising order.
         identity: of the content, JSON.
+        tokens: whether ``images`` are rows of tokens.
     """
 
     name: str
@@ -99,6 +109,7 @@ class DataSet:
     classes: tuple[str, ...]
     split: Mapping[SplitName, Indices]
     identity: Mapping[str, Any]
+    tokens: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -107,7 +118,7 @@ class DataSet:
 
     @cached_property
     def normalisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel over the training part, ``(channels, 1, 1)``, of values in 0..1."""
+        """Mean and deviation of each channel of the training images, ``(channels, 1, 1)``, of values in 0..1."""
         images = self.images[torch.from_numpy(self.split["train"])].numpy()
         # From counts of the 256 values: exact, whatever the number of threads, and in little memory.
         counts = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
@@ -118,12 +129,14 @@ class DataSet:
         return torch.from_numpy(mean).float().view(shape), torch.from_numpy(np.maximum(std, 1e-3)).float().view(shape)
 
     def part(self, name: SplitName) -> tuple[Tensor, Tensor]:
-        """Images ``(m, channels, height, width)`` uint8 and labels ``(m,)`` of one part."""
+        """Images ``(m, channels, height, width)`` uint8 and labels ``(m,)`` of one part; of tokens ``(m, context)``."""
         chosen = torch.from_numpy(self.split[name])
         return self.images[chosen], self.labels[chosen]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 images as float32 of mean 0 and deviation 1 over the training part; shape kept."""
+        """uint8 images as float32 of mean 0 and deviation 1 over the training part, tokens as int64; shape kept."""
+        if self.tokens:
+            return images.long()
         mean, std = self.normalisation
         return images.float().div_(255).sub_(mean).div_(std)
 
@@ -136,8 +149,9 @@ def load(config: Mapping[str, Any], resolution: int, channels: int) -> DataSet:
 
     Args:
         config: ``{"name": ..., <keyword arguments of the source>}``.
-        resolution: wanted height and width in pixels; images of another size are resampled bilinearly.
-        channels: 1 or 3; colour becomes luma (ITU-R BT.601), grey is repeated.
+        resolution: wanted height and width in pixels; images of another size are resampled bilinearly. Of tokens: how
+            many there are in a row.
+        channels: 1 or 3; colour becomes luma (ITU-R BT.601), grey is repeated. Of tokens: 1.
 
     Raises:
         InputError: an unknown name or argument, or missing files.
@@ -148,11 +162,15 @@ def load(config: Mapping[str, Any], resolution: int, channels: int) -> DataSet:
     text = json.dumps([dict(config), os.environ.get(ROOT_VARIABLE), resolution, channels], sort_keys=True)
     if text not in _loaded:
         raw = source.read(resolution, channels)
-        images = resized(_with_channels(torch.from_numpy(raw.images), channels), resolution)
+        images = torch.from_numpy(raw.images)
+        if not raw.tokens:
+            images = resized(_with_channels(images, channels), resolution)
         identity = {**source.identity, "resolution": resolution, "channels": channels}
-        split = stratified_split(raw.labels, raw.test_from, source.split_seed, source.validation, source.test)
+        split = raw.split
+        if split is None:
+            split = stratified_split(raw.labels, raw.test_from, source.split_seed, source.validation, source.test)
         labels = torch.from_numpy(raw.labels.astype(np.int64))
-        _loaded[text] = DataSet(source.name, images, labels, raw.classes, split, identity)
+        _loaded[text] = DataSet(source.name, images, labels, raw.classes, split, identity, raw.tokens)
     return _loaded[text]
 
 

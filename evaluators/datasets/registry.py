@@ -13,5 +13,6 @@ DATASETS: Registry[Source] = Registry(
         "fashion-mnist": "archfront.evaluators.datasets.idx:FashionMnist",
         "cifar10": "archfront.evaluators.datasets.cifar:Cifar10",
         "image-folder": "archfront.evaluators.datasets.folder:ImageFolder",
+        "text": "archfront.evaluators.datasets.text:Text",
     },
 )

@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from archfront.errors import InputError, suggestion
+from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.scores.score import Score, Subject
-from archfront.search.allocators.allocator import Allocation, Allocator
-from archfront.search.bit_allocation import allocate
-from archfront.spaces.policies.bit_costs import NAMES
+from archfront.search.allocators.allocator import Allocation, Allocator, Evaluate
+from archfront.search.policy_allocation import allocate
+from archfront.spaces.policies.policy_space import check_costs
 from archfront.spaces.space import Genotype
 
 Budget = Mapping[str, float]
@@ -24,11 +24,13 @@ class Recipe(ABC):
 
     Attributes:
         space: options of the space of bits in which the method was published; a job's own come first.
-        images: of the training part, that scores are measured on.
+        recovery: steps that its compressed networks go through, as the evaluator ``compression`` takes them.
+        images: of the training part, that scores are measured on and allocators judge by.
     """
 
     name: ClassVar[str]
     space: ClassVar[Mapping[str, Any]] = {}
+    recovery: ClassVar[Sequence[Mapping[str, Any]]] = ()
     images: ClassVar[int] = 256
 
     @abstractmethod
@@ -53,16 +55,34 @@ class Recipe(ABC):
             InputError: a budget below what the lowest bits cost, or a score that is not finite or does not serve the
                 space.
         """
-        images = min(self.images, len(network.data.split["train"]))
-        damage = self.score().checked(Subject.of(network, images, seed))
-        return [allocate(network.space, damage, budget, self.allocator()) for budget in budgets]
+        damage = self.score().checked(self.subject(network, seed))
+        evaluate = self.quality(network)
+        return [allocate(network.space, damage, budget, self.allocator(), evaluate) for budget in budgets]
+
+    def subject(self, network: Compressible, seed: int) -> Subject:
+        """What scores are measured on."""
+        return Subject.of(network, self._count(network), seed)
+
+    def quality(self, network: Compressible) -> Evaluate:
+        """Accuracy on the same part of the training data, of choices by their index: what some allocators look at."""
+        space, count = network.space, self._count(network)
+
+        def evaluate(choices: Sequence[int]) -> float:
+            policy = {site.id: site.domain[choice] for site, choice in zip(space.sites, choices, strict=True)}
+            [judged] = network.judged("train", [space.variant(space.genotype(policy))], count)
+            return judged.accuracy
+
+        return evaluate
+
+    def _count(self, network: Compressible) -> int:
+        return min(self.images, len(network.data.split["train"]))
 
 
 _BOUND = re.compile(r"\s*([A-Za-z_]\w*)\s*<=\s*([0-9.eE+-]+)\s*")
 
 
 def read_budget(text: str) -> dict[str, float]:
-    """A budget as it is written: ``weight_mb <= 6.7``, several joined by ``and``.
+    """A budget as it is written: ``model_mb <= 6.7``, several joined by ``and``.
 
     Raises:
         InputError: it cannot be read, or bounds what is no cost of bits.
@@ -75,8 +95,7 @@ def read_budget(text: str) -> dict[str, float]:
         except ValueError:
             limit = None
         if bound is None or limit is None:
-            raise InputError("--budget", text, "is no budget", 'Write "weight_mb <= 6.7", or several joined by "and".')
-        if bound[1] not in NAMES:
-            raise InputError("--budget", bound[1], "is no cost of bits", suggestion(bound[1], NAMES))
+            raise InputError("--budget", text, "is no budget", 'Write "model_mb <= 6.7", or several joined by "and".')
+        check_costs([bound[1]])
         found[bound[1]] = min(limit, found.get(bound[1], limit))
     return found

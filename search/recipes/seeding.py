@@ -16,7 +16,7 @@ from archfront.search.job import JobSpec
 from archfront.search.recipes.recipe import Recipe, read_budget
 from archfront.search.recipes.registry import RECIPES
 from archfront.search.resolve import resolve
-from archfront.spaces.policies.bits import Bits
+from archfront.spaces.policies.policy_chain import policies_of
 from archfront.spaces.registry import SPACES
 
 
@@ -33,13 +33,13 @@ def recipe_job(name: str, model: str, data: str, budgets: Sequence[str]) -> JobS
         InputError: one of these cannot be used.
     """
     recipe = RECIPES.get(name, "--recipe")
-    first = next(iter(read_budget(budgets[0]))) if budgets else "weight_mb"
+    first = next(iter(read_budget(budgets[0]))) if budgets else "model_mb"
     draft = JobSpec.model_validate(
         {
             "name": name,
             "space": {"name": "bits", "model": _mapping("--model", model, "network"), **recipe.space},
             "data": _mapping("--data", data, None),
-            "evaluators": [{"name": "compression"}],
+            "evaluators": [{"name": "compression", "recovery": [dict(step) for step in recipe.recovery]}],
             "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": first, "direction": "min"}],
             "strategy": {"name": "random"},
             "budget": {"evaluations": 1},
@@ -62,13 +62,11 @@ def seeded(spec: JobSpec, name: str, budgets: Sequence[str]) -> JobSpec:
         remedy = "Make it a subclass of archfront.search.recipes.recipe.Recipe."
         raise InputError("--recipe", name, f"is a {type(recipe).__name__}, which is no recipe", remedy)
     if not budgets:
-        raise InputError("--budget", None, "is missing, which a recipe needs", 'Give --budget "weight_mb <= 6.7".')
+        raise InputError("--budget", None, "is missing, which a recipe needs", 'Give --budget "model_mb <= 6.7".')
     limits = [read_budget(text) for text in budgets]
     resolve(spec)
     space = SPACES.build(spec.space, "space")
-    if not isinstance(space, Bits):
-        raise InputError("space.name", space.name, "is no space that recipes know", "Choose 'bits'.")
-    network = Compressible(space, load_for(space, spec.data), 256)
+    network = Compressible(policies_of(space, "a recipe"), load_for(space, spec.data), 256)
     found = [genotype for genotype, _ in recipe.policies(network, limits, spec.seed)]
     unique = [json.loads(text) for text in dict.fromkeys(json.dumps(g) for g in [*found, *spec.seeds])]
     return spec.model_copy(update={"seeds": unique})

@@ -10,7 +10,7 @@ from archfront.errors import InputError
 from archfront.spaces.models.weights import Weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 Normalisation = Literal["data", "imagenet", "half"]
@@ -29,7 +29,7 @@ class ModelSource(ABC):
     The keyword arguments of ``__init__`` are what a job file may set under ``model``.
 
     Attributes:
-        resolution, in_channels: of the images that it takes.
+        resolution, in_channels: of the images that it takes; of tokens, how many, and 1.
         classes: of what it gives.
     """
 
@@ -67,6 +67,12 @@ class ModelSource(ABC):
     def mean_and_deviation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Of each channel, of values in 0..1, that its inputs are normalised by; None for those of the data."""
         return NORMALISATIONS[self.normalisation]
+
+    def example(self, count: int = 1) -> Tensor:
+        """Zeros that the network takes, ``(count, ...)``, on torch's default device."""
+        import torch
+
+        return torch.zeros(count, self.in_channels, self.resolution, self.resolution)
 
     def build(self) -> nn.Module:
         """The network in evaluation mode, with its own weights, or fresh ones that are a function of ``seed``.

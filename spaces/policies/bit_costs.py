@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Vector = npt.NDArray[np.float64]
 
-NAMES = ("size_bytes", "weight_mb", "gbops")
+NAMES = ("size_bytes", "model_mb", "gbops")
 MEBI = 2**20
 
 
@@ -26,7 +26,7 @@ class BitCosts:
     """Costs of each layer at the bits that its decisions give it.
 
     ``size_bytes`` is all that has to be stored: packed codes, scales and zero points, and everything that is no
-    layer's weight at its own type. ``weight_mb`` is HAWQ-V3's model size: parameters times bits of the layers, in
+    layer's weight at its own type. ``model_mb`` is HAWQ-V3's model size: parameters times bits of the layers, in
     MiB. ``gbops`` are multiply-adds times bits of the weight times bits of the input, in 1e9.
 
     Attributes:
@@ -90,19 +90,19 @@ class BitCosts:
         for i, path in enumerate(self.paths):
             bits, inputs = self.weight_bits[i], self.input_bits[i]
             read = inputs if self.input_columns[i] == self.weight_columns[i] else inputs[:1]
-            weight_mb, gbops = self.params[i] * bits / 8 / MEBI, self.macs[i] * bits * read / 1e9
-            found[path] = {"size_bytes": self.sizes[i], "weight_mb": weight_mb, "gbops": gbops}
+            model_mb, gbops = self.params[i] * bits / 8 / MEBI, self.macs[i] * bits * read / 1e9
+            found[path] = {"size_bytes": self.sizes[i], "model_mb": model_mb, "gbops": gbops}
         return found
 
     def __call__(self, population: Population) -> dict[str, Vector]:
         """``NAMES`` -> ``(n,)``."""
         count = len(population)
-        size, weight_mb, gbops = np.full(count, self.other_bytes), np.zeros(count), np.zeros(count)
+        size, model_mb, gbops = np.full(count, self.other_bytes), np.zeros(count), np.zeros(count)
         for i, (column, reads) in enumerate(zip(self.weight_columns, self.input_columns, strict=True)):
             chosen = population[:, column] if column >= 0 else np.zeros(count, dtype=np.int64)
             read = population[:, reads] if reads >= 0 else np.zeros(count, dtype=np.int64)
             bits = self.weight_bits[i][chosen]
             size += self.sizes[i][chosen]
-            weight_mb += self.params[i] * bits / 8 / MEBI
+            model_mb += self.params[i] * bits / 8 / MEBI
             gbops += self.macs[i] * bits * self.input_bits[i][read] / 1e9
-        return {"size_bytes": size, "weight_mb": weight_mb, "gbops": gbops}
+        return {"size_bytes": size, "model_mb": model_mb, "gbops": gbops}

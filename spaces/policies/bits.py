@@ -10,23 +10,30 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import InputError, suggestion
-from archfront.spaces.models.registry import MODELS
 from archfront.spaces.policies.bit_costs import BitCosts
-from archfront.spaces.policies.quantiser import BITS, FLOAT, Granularity, Quantiser, Ranges
-from archfront.spaces.policies.site import Policy, Site, complete, tied_groups
-from archfront.spaces.product import Column, ProductSpace
-from archfront.spaces.space import Genotype, Layer, Population, digest_of
+from archfront.spaces.policies.policy_space import PolicySpace, Variant, Vector, check_costs
+from archfront.spaces.policies.quantiser import (
+    BITS,
+    FLOAT,
+    ActivationQuantiser,
+    ActivationRanges,
+    Granularity,
+    Quantiser,
+    Ranges,
+)
+from archfront.spaces.policies.site import Choice, Site
+from archfront.spaces.space import Genotype, Layer, Population
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from archfront.spaces.policies.layers import Layers
-    from archfront.spaces.policies.quantised import LayerBits
+    from archfront.spaces.policies.quantised import Calibration, LayerBits
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 
 
-class Bits(ProductSpace):
+class Bits(PolicySpace):
     """A genotype lists the bits of each decision, in the order in which the layers run.
 
     Every linear and convolutional layer of the model has a decision for its weights and, if ``activations`` is a list,
@@ -40,6 +47,7 @@ class Bits(ProductSpace):
             activations are float.
         tie: whether layers that read one tensor have their decisions in common.
         symmetric, granularity, group, ranges: of the weights' quantisers, see ``Quantiser``.
+        activation_ranges: of what layers read, see ``ActivationQuantiser``.
 
     Raises:
         InputError: a model or weights that cannot be read, bits out of range, or an unknown layer.
@@ -59,42 +67,26 @@ class Bits(ProductSpace):
         granularity: Granularity = "channel",
         group: int = 64,
         ranges: Ranges = "minmax",
+        activation_ranges: ActivationRanges = "mse",
     ) -> None:
-        self.source = MODELS.build(model, "space.model")
-        fixed = self.source.mean_and_deviation
-        if fixed is not None and self.source.in_channels > len(fixed[0]):
-            problem = f"is of {len(fixed[0])} channels, and the model takes {self.source.in_channels}"
-            raise InputError("space.model.normalisation", self.source.normalisation, problem, "Give 'data'.")
-        self._model = model
-        self.resolution, self.in_channels = self.source.resolution, self.source.in_channels
-        self.classes = self.source.classes
         self.keep, self.tie = dict(keep or {}), tie
-        self.weight_bits = _rising("weights", [2, 4, 8] if weights is None else weights)
-        self.activations = activations if isinstance(activations, str) else _rising("activations", activations)
+        self.weight_bits = rising("weights", [2, 4, 8] if weights is None else weights)
+        self.activations = activations if isinstance(activations, str) else rising("activations", activations)
         self._settings = {
             "symmetric": symmetric, "granularity": granularity, "group": group, "ranges": ranges
         }  # fmt: skip
         Quantiser(bits=BITS[-1], **self._settings)  # type: ignore[arg-type]
-        self.sites = self._find_sites()
-        self._groups = tied_groups(self.sites)
-        columns = []
-        for members in self._groups:
-            name = "+".join(self.sites[i].id for i in members)
-            columns.append(Column(name, self.sites[members[0]].domain, ordered=True))
-        super().__init__(columns)
+        ActivationQuantiser(BITS[-1], ranges=activation_ranges)
+        self.activation_ranges: ActivationRanges = activation_ranges
+        super().__init__(model=model)
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:
         return {
-            "model": self._model, "weights": list(self.weight_bits),
+            "weights": list(self.weight_bits),
             "activations": self.activations if isinstance(self.activations, str) else list(self.activations),
-            "keep": self.keep, "tie": self.tie, **self._settings,
+            "keep": self.keep, "tie": self.tie, "activation_ranges": self.activation_ranges, **self._settings,
         }  # fmt: skip
-
-    @cached_property
-    def digest(self) -> str:
-        """With the content of the model's weights, not the place where they lie."""
-        return digest_of(self.name, self.version, {**self.config, "model": self.source.identity})
 
     @cached_property
     def layers(self) -> Layers:
@@ -106,7 +98,7 @@ class Bits(ProductSpace):
         try:
             with torch.device("meta"):
                 model = self.source.architecture()
-                example = torch.zeros(1, self.in_channels, self.resolution, self.resolution)
+                example = self.source.example()
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             problem = f"cannot be built ({type(error).__name__}: {str(error).splitlines()[0]})"
             raise InputError("space.model", self._model, problem, "Give sizes that such a network can have.") from error
@@ -116,32 +108,11 @@ class Bits(ProductSpace):
         """Of weights."""
         return Quantiser(bits=bits, **self._settings)  # type: ignore[arg-type]
 
-    def policy(self, genotype: Genotype) -> dict[str, int]:
-        """Site id -> bits.
-
-        Raises:
-            InputError: the genotype is not of this space.
-        """
-        [row] = self.from_json([genotype]).tolist()
-        found: dict[str, int] = {}
-        for members, column, choice in zip(self._groups, self.columns, row, strict=True):
-            found |= {self.sites[i].id: int(column.choices[choice]) for i in members}
-        return found
-
-    def genotype(self, policy: Policy) -> Genotype:
-        """The inverse of ``policy``; a site that is not named gets its most bits.
-
-        Raises:
-            InputError: an unknown site, bits that it cannot have, or tied sites with different ones.
-        """
-        full = complete(self.sites, policy)
-        return [full[self.sites[members[0]].id] for members in self._groups]
-
     def layer_bits(self, genotype: Genotype) -> dict[str, LayerBits]:
         """Path -> bits of every layer, those that are kept included."""
         from archfront.spaces.policies.quantised import LayerBits
 
-        policy = self.policy(genotype)
+        policy: dict[str, Any] = self.policy(genotype)
         found: dict[str, LayerBits] = {}
         for layer in self.layers.found:
             kept = self.keep.get(layer.path, FLOAT)
@@ -160,11 +131,80 @@ class Bits(ProductSpace):
         """What every choice costs, and how many each column's choices are in all."""
         return BitCosts.of(self)
 
-    def build(self, genotype: Genotype) -> nn.Module:
-        """The network with quantised weights; inputs of layers are quantised in the range of each batch."""
+    def variant(self, genotype: Genotype) -> dict[str, LayerBits]:
+        """See ``layer_bits``."""
+        return self.layer_bits(genotype)
+
+    def untouched(self) -> dict[str, LayerBits]:
+        """Float everywhere, in the layers that are kept at some bits too."""
+        from archfront.spaces.policies.quantised import LayerBits
+
+        return {layer.path: LayerBits() for layer in self.layers.found}
+
+    def alone(self, site: Site, choice: Choice) -> dict[str, LayerBits]:
+        """One layer's weights or inputs at some bits, and all else float."""
+        from archfront.spaces.policies.quantised import LayerBits
+
+        bits = int(choice)
+        mine = LayerBits(weights=bits) if site.kind == "weight-bits" else LayerBits(activations=bits)
+        return {**self.untouched(), site.module: mine}
+
+    def transform(self, model: nn.Module, variant: Variant, inputs: Sequence[Tensor]) -> nn.Module:
+        """Quantised weights, and inputs of layers quantised in the ranges that calibration shows, or else in those of
+        each batch."""
         from archfront.spaces.policies.quantised import quantise
 
-        return quantise(self.source.build(), self.layer_bits(genotype), self.quantiser)
+        widths = {path: [bits.activations] for path, bits in variant.items() if bits.activations != FLOAT}
+        ranges = self.calibrated(model, widths, inputs) if inputs and widths else None
+        return quantise(model, variant, self.quantiser, ranges)
+
+    def calibrated(
+        self, model: nn.Module, widths: Mapping[str, Sequence[int]], inputs: Sequence[Tensor]
+    ) -> Calibration:
+        """Quantisers of what layers read, path -> bits, in the ranges that some batches have."""
+        from archfront.spaces.policies.quantised import Calibration
+
+        return Calibration(model, widths, inputs, lambda bits: ActivationQuantiser(bits, ranges=self.activation_ranges))
+
+    @cached_property
+    def activation_widths(self) -> tuple[int, ...]:
+        """All numbers of bits that some policy gives to what a layer reads."""
+        if self.activations == "float":
+            return ()
+        chosen = self.weight_bits if self.activations == "follow" else self.activations
+        return tuple(sorted({int(bits) for bits in (*chosen, *self.keep.values()) if bits != FLOAT}))
+
+    def cost_table(self, population: Population) -> dict[str, Vector]:
+        """In closed form."""
+        params, macs = (count.astype(np.float64) for count in self.costs(population))
+        return {"params": params, "macs": macs, **self.bit_costs(population)}
+
+    def additive_costs(self, names: Sequence[str]) -> tuple[dict[str, list[Vector]], dict[str, float]]:
+        """Sizes are sums; bit operations are, where inputs follow the weights or have one width.
+
+        Raises:
+            InputError: an unknown cost, or bit operations of decisions that meet in a product.
+        """
+        check_costs(names)
+        if "gbops" in names and not isinstance(self.activations, str):
+            problem = "is a product of two decisions of a layer, and no sum over sites"
+            raise InputError("budget.gbops", "gbops", problem, "Set activations to follow or float.")
+        costs = {name: [np.zeros(len(site.domain)) for site in self.sites] for name in names}
+        fixed = dict.fromkeys(names, 0.0)
+        places = {site.id: i for i, site in enumerate(self.sites)}
+        for path, each in self.bit_costs.by_layer().items():
+            site = places.get(f"{path}:{WEIGHTS}")
+            for name in set(names) & set(each):
+                if site is None:
+                    fixed[name] += float(each[name][0])
+                else:
+                    costs[name][site] += each[name]
+        if "size_bytes" in names:
+            fixed["size_bytes"] += self.bit_costs.other_bytes
+        for name, count in (("params", self.layers.params), ("macs", sum(layer.macs for layer in self.layers.found))):
+            if name in names:
+                fixed[name] = float(count)
+        return costs, fixed
 
     def describe(self, genotype: Genotype) -> list[Layer]:
         bits = self.layer_bits(genotype)
@@ -182,7 +222,7 @@ class Bits(ProductSpace):
         shape = len(population)
         return np.full(shape, self.layers.params, dtype=np.int64), np.full(shape, macs, dtype=np.int64)
 
-    def _find_sites(self) -> list[Site]:
+    def find_sites(self) -> list[Site]:
         paths = [layer.path for layer in self.layers.found]
         for path, bits in self.keep.items():
             if path not in paths:
@@ -212,7 +252,12 @@ class Bits(ProductSpace):
         ]
 
 
-def _rising(field: str, bits: Sequence[int]) -> tuple[int, ...]:
+def rising(field: str, bits: Sequence[int]) -> tuple[int, ...]:
+    """Widths as a job file gives them.
+
+    Raises:
+        InputError: they do not rise, or one is no width.
+    """
     given = list(bits)
     if not given or sorted(set(given)) != given:
         raise InputError(f"space.{field}", given, "does not rise", "Give each width once, e.g. [2, 4, 8].")

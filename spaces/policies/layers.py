@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from archfront.errors import InputError
+from archfront.spaces.policies.quantised import QuantisedWeight, float_weight
+from archfront.spaces.policies.quantiser import ActivationQuantiser
 
 SUPPORTED = (nn.Linear, nn.Conv2d)
 
@@ -87,7 +90,7 @@ def find_layers(model: nn.Module, example: Tensor) -> Layers:
     if not seen:
         problem = "runs no linear or convolutional layer"
         raise InputError("model", type(model).__name__, problem, "Give a model with nn.Linear or nn.Conv2d.")
-    weights = {path: model.get_submodule(path)._parameters.get("weight") for path in seen}
+    weights = {path: float_weight(model.get_submodule(path)) for path in seen}
     owners: dict[int, list[str]] = {}
     for path, weight in weights.items():
         owners.setdefault(id(weight), []).append(path)
@@ -117,7 +120,12 @@ def find_layers(model: nn.Module, example: Tensor) -> Layers:
         )
     if not found:
         raise InputError("model", type(model).__name__, f"has no layer for bits: {left_alone}", "Give another model.")
-    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    # What quantisers keep is no part of the network, or has a price of its own.
+    ours = {
+        id(b) for m in model.modules() if isinstance(m, (QuantisedWeight, ActivationQuantiser)) for b in m.buffers()
+    }
+    kept = [b for b in model.buffers() if b.is_floating_point() and id(b) not in ours]
+    tensors = [*model.parameters(), *kept]
     all_bytes = sum(t.numel() * t.element_size() for t in tensors)
     return Layers(tuple(found), left_alone, sum(p.numel() for p in model.parameters()), all_bytes - inside)
 
@@ -132,7 +140,7 @@ def _macs(module: nn.Module, output: Tensor) -> int:
 def _others(model: nn.Module, taken: set[str]) -> Iterator[tuple[str, str]]:
     """Modules with weights of two axes and more that get no bits."""
     for path, module in model.named_modules():
-        if path in taken:
+        if path in taken or isinstance(module, parametrize.ParametrizationList):
             continue
         weights = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
         if isinstance(module, SUPPORTED):

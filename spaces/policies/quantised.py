@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,43 @@ class LayerBits:
     activations: int = FLOAT
 
 
+class QuantisedWeight(nn.Module):
+    """What stands before a layer's float weight: the quantised one, which gradients pass straight through.
+
+    Attributes:
+        quantiser: whose grid it lies on.
+        fixed: the quantised weight itself where a method has chosen its codes; the float weight then learns no more.
+        correction: added to it, of the weight's shape; low-rank factors multiplied out.
+        correction_bytes: that the factors take.
+    """
+
+    fixed: Tensor | None
+    correction: Tensor | None
+
+    def __init__(self, quantiser: Quantiser) -> None:
+        super().__init__()
+        self.quantiser = quantiser
+        self.correction_bytes = 0
+        self.register_buffer("fixed", None)
+        self.register_buffer("correction", None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:  # where costs are counted there are no values
+            return weight
+        quantised = self.quantiser.straight_through(weight) if self.fixed is None else self.fixed
+        return quantised if self.correction is None else quantised + self.correction
+
+
 def quantise(
     model: nn.Module,
     bits: Mapping[str, LayerBits],
     quantiser: Callable[[int], Quantiser],
     activations: Callable[[str, int], nn.Module] | None = None,
-    *,
-    trainable: bool = False,
 ) -> nn.Module:
     """Quantise layers in place; with 32 bits everywhere nothing is touched.
+
+    The float weights stay behind the quantised ones, for methods that round them otherwise or train on; ``bake`` drops
+    them.
 
     Args:
         model: to be changed.
@@ -38,18 +66,11 @@ def quantise(
         quantiser: of weights, for a number of bits.
         activations: module that quantises the input of a path at a number of bits, from calibration; by default
             the range is each batch's own.
-        trainable: keep the float weights behind the quantised ones, which gradients reach straight through.
     """
     for path, mine in bits.items():
         layer = model.get_submodule(path)
         if mine.weights != FLOAT:
-            if trainable:
-                parametrize.register_parametrization(layer, "weight", _FakeWeight(quantiser(mine.weights)))
-            else:
-                weight = layer.weight
-                assert isinstance(weight, Tensor)
-                with torch.no_grad():
-                    weight.copy_(quantiser(mine.weights).fake(weight))
+            parametrize.register_parametrization(layer, "weight", QuantisedWeight(quantiser(mine.weights)))
         if mine.activations != FLOAT:
             made = activations(path, mine.activations) if activations else BatchRange(mine.activations)
             layer.add_module("input_quantiser", made)
@@ -57,18 +78,56 @@ def quantise(
     return model
 
 
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantisedWeight]]:
+    """Path, layer and what stands before its weight, of all layers with quantised weights."""
+    for path, module in model.named_modules():
+        holder = _holder(module)
+        if holder is not None:
+            yield path, module, holder
+
+
+def float_weight(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter behind a layer's weight; None where it is computed from others."""
+    if _holder(layer) is not None:
+        return cast(nn.Parameter, layer.parametrizations.weight.original)  # type: ignore[union-attr]
+    return layer._parameters.get("weight")
+
+
+def weight_quantiser(layer: nn.Module) -> Quantiser | None:
+    """Of a layer's weight; None where it is float."""
+    holder = _holder(layer)
+    return None if holder is None else holder.quantiser
+
+
+def correction_of(layer: nn.Module) -> int:
+    """Bytes of the factors that correct a layer's quantised weight."""
+    holder = _holder(layer)
+    return 0 if holder is None else holder.correction_bytes
+
+
+def input_bits(layer: nn.Module) -> int:
+    """Of what a layer reads; 32 where it is float."""
+    made = getattr(layer, "input_quantiser", None)
+    return made.bits if isinstance(made, (ActivationQuantiser, BatchRange)) else FLOAT
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Put the quantised weights in the float ones' places, for good."""
+    for _, layer, _ in list(quantised_layers(model)):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return model
+
+
+def _holder(layer: nn.Module) -> QuantisedWeight | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    [*_, last] = layer.parametrizations.weight  # type: ignore[misc, union-attr]
+    return last if isinstance(last, QuantisedWeight) else None
+
+
 def _quantise_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     features, *rest = inputs
     return (layer.get_submodule("input_quantiser")(features), *rest)
-
-
-class _FakeWeight(nn.Module):
-    def __init__(self, quantiser: Quantiser) -> None:
-        super().__init__()
-        self.quantiser = quantiser
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.quantiser.straight_through(weight)
 
 
 class BatchRange(nn.Module):
@@ -92,11 +151,11 @@ class BatchRange(nn.Module):
 
 
 class Calibration:
-    """Ranges of what each layer reads, from one pass over calibration data, at any number of bits.
+    """Ranges of what layers read, from one pass over calibration data.
 
     Args:
         model: in evaluation mode.
-        paths: of the layers.
+        widths: path of a layer -> the numbers of bits at which it may be asked for.
         batches: inputs.
         make: an observer for a number of bits.
     """
@@ -104,21 +163,21 @@ class Calibration:
     def __init__(
         self,
         model: nn.Module,
-        paths: list[str],
-        batches: list[Tensor],
-        widths: tuple[int, ...],
+        widths: Mapping[str, Sequence[int]],
+        batches: Sequence[Tensor],
         make: Callable[[int], ActivationQuantiser],
     ) -> None:
-        self._found = {(path, bits): make(bits) for path in paths for bits in widths}
+        self._found = {(path, bits): make(bits) for path, some in widths.items() for bits in some}
 
         def observe(path: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for bits in widths:
+            for bits in widths[path]:
                 self._found[path, bits].observe(inputs[0])
 
+        paths = [path for path, some in widths.items() if some]
         hooks = [model.get_submodule(path).register_forward_pre_hook(partial(observe, path)) for path in paths]
         try:
             with torch.no_grad():
-                for batch in batches:
+                for batch in batches if paths else ():
                     model(batch)
         finally:
             for hook in hooks:

@@ -23,6 +23,7 @@ class Site:
         kind: ``weight-bits``, ``activation-bits``, or what another transform understands.
         domain: the choices, from the strongest compression to none. The last one changes nothing.
         module: path of the module in the model; empty for a decision about all of it.
+        members: paths of all modules that change with it; empty where ``module`` says it.
         tied: sites of one kind and one such name take the same choice; None for a site of its own.
         facts: numbers about it: ``params``, ``macs``, ``elements``.
     """
@@ -31,6 +32,7 @@ class Site:
     kind: str
     domain: tuple[Choice, ...]
     module: str = ""
+    members: tuple[str, ...] = ()
     tied: str | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
 

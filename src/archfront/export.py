@@ -94,10 +94,10 @@ def _plain(layer: Layer) -> dict[str, Any]:
 def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
     """The module with its best kept weights, and where these came from."""
     from archfront.evaluators.checkpoints import UnreadableCheckpointError, read_model
-    from archfront.spaces.policies.bits import Bits
+    from archfront.spaces.policies.policy_space import PolicySpace
 
     space = space_of(job)
-    if isinstance(space, Bits):  # a policy is applied to weights that were there before the job
+    if isinstance(space, PolicySpace):  # a policy is applied to weights that were there before the job
         return space.build(row["genotype"]).eval(), space.source.name
     final = [b for b in job.ledger.benchmarks(job.id) if b["number"] == row["evaluation"] and b["kind"] == "training"]
     uris = [str(b["content"]["checkpoint"]) for b in final if b["content"].get("checkpoint")]

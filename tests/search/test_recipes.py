@@ -18,7 +18,7 @@ from archfront.evaluators.compression.compressible import Compressible
 from archfront.search.recipes.recipe import read_budget
 from archfront.search.recipes.registry import RECIPES
 
-BUDGETS = [{"weight_mb": 0.022}, {"weight_mb": 0.03}]
+BUDGETS = [{"model_mb": 0.022}, {"model_mb": 0.03}]
 """A network of 77 thousand parameters has 0.0184 MiB at 2 bits and 0.0737 at 8."""
 
 
@@ -41,13 +41,13 @@ def test_every_recipe(name: str, networks: dict[str, Compressible]) -> None:
     again = recipe.policies(network, BUDGETS)
     assert [g for g, _ in found] == [g for g, _ in again]
     for (genotype, allocation), budget in zip(found, BUDGETS, strict=True):
-        stored = space.bit_costs(space.from_json([genotype]))["weight_mb"][0]
-        assert stored <= budget["weight_mb"] * (1 + 1e-9)
-        assert allocation.costs["weight_mb"] == pytest.approx(stored)
+        stored = space.bit_costs(space.from_json([genotype]))["model_mb"][0]
+        assert stored <= budget["model_mb"] * (1 + 1e-9)
+        assert allocation.costs["model_mb"] == pytest.approx(stored)
     # At equal cost: the recipe's larger policy against random ones that fit, and leave as little of the budget.
     rows = space.sample(np.random.default_rng(0), 3000)
-    costs = space.bit_costs(rows)["weight_mb"]
-    fitting = rows[(costs <= BUDGETS[1]["weight_mb"]) & (costs > 0.93 * BUDGETS[1]["weight_mb"])][:8]
+    costs = space.bit_costs(rows)["model_mb"]
+    fitting = rows[(costs <= BUDGETS[1]["model_mb"]) & (costs > 0.93 * BUDGETS[1]["model_mb"])][:8]
     assert len(fitting) == 8
     policies = [space.layer_bits(g) for g in [found[1][0], *space.to_json(fitting)]]
     own, *others = [judged.drop for judged in network.judged("validation", policies, None)]
@@ -55,13 +55,13 @@ def test_every_recipe(name: str, networks: dict[str, Compressible]) -> None:
 
 
 def test_budgets_are_read() -> None:
-    assert read_budget("weight_mb <= 6.7") == {"weight_mb": 6.7}
-    assert read_budget("weight_mb<=6.7 and gbops <= 1e2") == {"weight_mb": 6.7, "gbops": 100.0}
-    assert read_budget("weight_mb <= 3 and weight_mb <= 5") == {"weight_mb": 3.0}
+    assert read_budget("model_mb <= 6.7") == {"model_mb": 6.7}
+    assert read_budget("model_mb<=6.7 and gbops <= 1e2") == {"model_mb": 6.7, "gbops": 100.0}
+    assert read_budget("model_mb <= 3 and model_mb <= 5") == {"model_mb": 3.0}
     for text, words in {
-        "weight_mb < 6": "is no budget",
-        "weight_mb <= 6-": "is no budget",
-        "model_mb <= 6": "no cost of bits",
+        "model_mb < 6": "is no budget",
+        "model_mb <= 6-": "is no budget",
+        "weight_gb <= 6": "no cost of policies",
         "": "is no budget",
     }.items():
         with pytest.raises(InputError, match=words):
@@ -74,12 +74,12 @@ def test_a_recipe_is_run_by_its_name(
     db = str(tmp_path / "l.db")
     model = json.dumps(trained("resnet"))
     parts = ["--recipe", "layer-wise-quantization", "--model", model, "--data", "digits", "--db", db]
-    budgets = ["--budget", "weight_mb <= 0.022", "--budget", "weight_mb <= 0.03"]
+    budgets = ["--budget", "model_mb <= 0.022", "--budget", "model_mb <= 0.03"]
     assert command(monkeypatch, "run", *parts, *budgets, "--json") == 0
     assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 2
-    rows = archfront.Job(db).front(objectives=["weight_mb"], where="accuracy_drop <= 100").to_pandas()
-    assert rows["weight_mb"].max() <= 0.022
-    assert command(monkeypatch, "run", *parts, "--budget", "weight_mb <= 0.01") == 2
+    rows = archfront.Job(db).front(objectives=["model_mb"], where="accuracy_drop <= 100").to_pandas()
+    assert rows["model_mb"].max() <= 0.022
+    assert command(monkeypatch, "run", *parts, "--budget", "model_mb <= 0.01") == 2
     assert "0.01783" in capsys.readouterr().err
 
 
@@ -92,27 +92,27 @@ def test_a_recipe_begins_a_search(
         "space": {"name": "bits", "model": trained("resnet"), "weights": [2, 4, 8], "activations": "float"},
         "data": {"name": "digits"},
         "evaluators": [{"name": "compression"}],
-        "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "weight_mb", "direction": "min"}],
+        "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "model_mb", "direction": "min"}],
         "strategy": {"name": "nsga2", "population": 8},
         "budget": {"evaluations": 16},
         "workers": {"executor": "inline"},
     }
     file.write_text(yaml.safe_dump(job))
-    words = ["run", str(file), "--recipe", "gradient-importance", "--budget", "weight_mb <= 0.03", "--db", db]
+    words = ["run", str(file), "--recipe", "gradient-importance", "--budget", "model_mb <= 0.03", "--db", db]
     assert command(monkeypatch, *words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 16
     found = archfront.Job(db)
     [seed] = found.spec["seeds"]
     space = bits("resnet", weights=[2, 4, 8], activations="float")
-    assert space.bit_costs(space.from_json([seed]))["weight_mb"][0] <= 0.03
-    assert archfront.Job(db).front(objectives=["accuracy", "weight_mb"], where="weight_mb <= 0.03").to_pandas().size
+    assert space.bit_costs(space.from_json([seed]))["model_mb"][0] <= 0.03
+    assert archfront.Job(db).front(objectives=["accuracy", "model_mb"], where="model_mb <= 0.03").to_pandas().size
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "JOB.yaml.*missing"),
-        (["--budget", "weight_mb <= 1"], "--budget.*without a recipe"),
+        (["--budget", "model_mb <= 1"], "--budget.*without a recipe"),
         (["--recipe", "hawq-v3", "--data", "digits"], "--model.*missing"),
         (["--recipe", "hawq-v3", "--model", "cifar-resnet", "--data", "digits"], "--budget.*missing"),
         (["--recipe", "hawq-4", "--model", "cifar-resnet", "--data", "digits"], "--recipe.*hawq-v3"),

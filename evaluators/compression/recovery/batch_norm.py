@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from archfront.errors import InputError
+from archfront.evaluators.compression.recovery.recovery import Case, Recovery
+
+
+class BatchNorm(Recovery):
+    """Batch normalisations get the statistics of what reaches them now; see ``reestimate_batch_norm``."""
+
+    name: ClassVar[str] = "batch-norm"
+
+    def recover(self, case: Case) -> None:
+        reestimate_batch_norm(case.student, case.batches)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:

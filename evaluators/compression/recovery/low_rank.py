@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from archfront.errors import InputError
+from archfront.evaluators.compression.recovery.recovery import Case, Recovery
 from archfront.spaces.policies.packing import quantised_bytes
+from archfront.spaces.policies.quantised import float_weight, quantised_layers
 from archfront.spaces.policies.quantiser import Quantiser
+
+
+class LowRank(Recovery):
+    """Adds to each quantised weight the best low-rank approximation of what it lost, and counts the factors' bytes.
+
+    Yao et al., "ZeroQuant-V2", 2023 (LoRC).
+
+    Args:
+        rank: of each correction, at most the smaller side of the weight.
+        bits: of the factors, with a scale for each component; 16 for float16.
+    """
+
+    name: ClassVar[str] = "low-rank"
+
+    def __init__(self, *, rank: Annotated[int, Field(ge=1)] = 8, bits: Literal[4, 8, 16] = 8) -> None:
+        self.rank, self.bits = rank, bits
+
+    def recover(self, case: Case) -> None:
+        quantiser = None if self.bits == 16 else Quantiser(bits=self.bits)
+        for _, layer, holder in quantised_layers(case.student):
+            weight = float_weight(layer)
+            assert weight is not None
+            holder.correction = None
+            quantised = holder(weight).detach()
+            rank = min(self.rank, len(weight), weight[0].numel())
+            factors = low_rank_correction(weight, quantised, rank)
+            left, right = (
+                (f.half().to(f) for f in factors) if quantiser is None else quantised_factors(*factors, quantiser)
+            )
+            holder.correction = (left @ right).reshape(weight.shape).to(weight.dtype)
+            holder.correction_bytes = correction_bytes(weight.shape, rank, quantiser)
 
 
 def low_rank_correction(weight: Tensor, quantised: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from archfront.evaluators.compression.scores.score import Score, Subject, Vector, is_identity
+from archfront.evaluators.compression.scores.score import Score, Subject, Vector
 
 Measure = Literal["mse", "sqnr", "kl", "loss", "cosine"]
 
@@ -30,10 +30,15 @@ class Distortion(Score):
 
     def measure(self, subject: Subject) -> list[Vector]:
         found = [np.zeros(len(site.domain)) for site in subject.sites]
-        tried = [
-            (i, c) for i, site in enumerate(subject.sites) for c, b in enumerate(site.domain) if not is_identity(b)
-        ]
-        policies = [subject.alone(subject.sites[i], int(subject.sites[i].domain[c])) for i, c in tried]
+        space = subject.network.space
+        untouched = space.untouched()
+        alone = {
+            (i, c): space.alone(site, choice)
+            for i, site in enumerate(subject.sites)
+            for c, choice in enumerate(site.domain)
+        }
+        tried = [place for place, policy in alone.items() if policy != untouched]
+        policies = [alone[place] for place in tried]
         if not tried:
             return found
         network = subject.network

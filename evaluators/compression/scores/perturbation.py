@@ -203,8 +203,7 @@ def _each(site: Site, price: object, subject: Subject) -> Vector:
     """A price of the change that each choice makes to a site's weight."""
     assert callable(price)
     weight = _weight(subject, site)
-    quantiser = subject.network.space.quantiser
-    prices = [0.0 if is_identity(b) else price(quantiser(int(b)).fake(weight) - weight) for b in site.domain]
+    prices = [0.0 if is_identity(b) else price(subject.quantiser(int(b)).fake(weight) - weight) for b in site.domain]
     return np.array(prices, dtype=np.float64)
 
 

@@ -148,8 +148,8 @@ def _relative_errors(subject: Subject, site: Site) -> Vector:
     assert isinstance(weight, Tensor)
     weight = weight.detach()
     size = max(float(weight.square().sum()), torch.finfo(weight.dtype).tiny)
-    quantiser = subject.network.space.quantiser
     changes = [
-        0.0 if is_identity(b) else float((quantiser(int(b)).fake(weight) - weight).square().sum()) for b in site.domain
+        0.0 if is_identity(b) else float((subject.quantiser(int(b)).fake(weight) - weight).square().sum())
+        for b in site.domain
     ]
     return np.array(changes) / size

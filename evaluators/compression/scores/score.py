@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,17 @@ from torch import Tensor
 
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
-from archfront.spaces.policies.quantised import LayerBits
-from archfront.spaces.policies.quantiser import FLOAT
+from archfront.spaces.policies.quantiser import FLOAT, Quantiser
 from archfront.spaces.policies.site import Site
 
 Vector = npt.NDArray[np.float64]
+
+
+@runtime_checkable
+class HasQuantiser(Protocol):
+    """Policies of bits alone."""
+
+    def quantiser(self, bits: int) -> Quantiser: ...
 
 
 @dataclass(kw_only=True)
@@ -52,12 +58,17 @@ class Subject:
         batches, labels = network.inputs("train", images)
         return cls(network=network, batches=batches, labels=labels, seed=seed)
 
-    def alone(self, site: Site, choice: int) -> dict[str, LayerBits]:
-        """The policy that compresses one site and leaves all else as it is."""
-        weights = site.kind == "weight-bits"
-        mine = LayerBits(weights=choice) if weights else LayerBits(activations=choice)
-        paths = [layer.path for layer in self.network.space.layers.found]
-        return {path: mine if path == site.module else LayerBits() for path in paths}
+    def quantiser(self, bits: int) -> Quantiser:
+        """Of weights.
+
+        Raises:
+            InputError: the policies are not of bits alone.
+        """
+        space = self.network.space
+        if not isinstance(space, HasQuantiser):
+            remedy = "Choose 'distortion', which serves policies of any kind."
+            raise InputError("score", [site.id for site in self.sites[:1]], "is no choice of bits alone", remedy)
+        return space.quantiser(bits)
 
 
 class Score(ABC):
@@ -95,4 +106,5 @@ class Score(ABC):
 
 
 def is_identity(choice: object) -> bool:
+    """Whether a choice of bits changes nothing."""
     return choice == FLOAT

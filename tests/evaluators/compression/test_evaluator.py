@@ -46,7 +46,7 @@ def test_accuracies_are_those_of_networks_built_from_the_policies() -> None:
     assert found[-1]["accuracy_drop"] == 0
     for metrics, right in zip(found, rights, strict=True):
         assert metrics["accuracy_drop"] == pytest.approx(100 * float((rights[-1] - right).mean()), abs=1e-4)
-    assert found[0]["weight_mb"] == pytest.approx(space.bit_costs(space.from_json(genotypes[:1]))["weight_mb"][0])
+    assert found[0]["model_mb"] == pytest.approx(space.bit_costs(space.from_json(genotypes[:1]))["model_mb"][0])
 
 
 def test_the_deviation_is_that_of_the_paired_difference() -> None:
@@ -96,8 +96,8 @@ def test_activations_are_quantised_in_calibrated_ranges() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"calibration": 10**6}, r"compression\.calibration.*train images"),
-        ({"fidelities": [10**6]}, r"compression\.fidelities.*validation images"),
+        ({"calibration": 10**6}, r"compression\.calibration.*train samples"),
+        ({"fidelities": [10**6]}, r"compression\.fidelities.*validation samples"),
     ],
 )
 def test_more_images_than_there_are(options: dict[str, Any], words: str) -> None:
@@ -108,7 +108,7 @@ def test_more_images_than_there_are(options: dict[str, Any], words: str) -> None
 def test_what_it_cannot_serve() -> None:
     with pytest.raises(InputError, match="is missing"):
         Compression().check(EvaluationContext(space=bits("vit")))
-    with pytest.raises(InputError, match="no policies of bits"):
+    with pytest.raises(InputError, match="no policies, which"):
         Compression().check(EvaluationContext(space=Choices(columns={"a": [1, 2]}), data=DATA))
     with pytest.raises(InputError, match="does not rise"):
         Compression(fidelities=[20, 10])

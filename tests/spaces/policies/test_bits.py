@@ -46,7 +46,7 @@ def test_costs_are_hawqs() -> None:
     """Model sizes of ResNet-18 in MiB as in HAWQ-V3's programme: 19 layers, 10.62 Mi parameters."""
     space = Bits(model=RESNET18, weights=[4, 8], keep={"conv1": 8, "fc": 8})
     low, high = space.from_json([[4] * 16, [8] * 16])
-    sizes = space.bit_costs(np.stack([low, high]))["weight_mb"]
+    sizes = space.bit_costs(np.stack([low, high]))["model_mb"]
     fixed = (9_408 + 512_000) / 2**20
     inside = (11_678_912 - 9_408 - 512_000) / 2**20
     assert sizes == pytest.approx([inside / 2 + fixed, inside + fixed])
@@ -95,7 +95,7 @@ def test_weights_take_so_many_values_and_inputs_too() -> None:
 def test_gradients_reach_the_weights_behind() -> None:
     space = Bits(model=dict(RESNET))
     layers = {path: LayerBits(weights=4, activations=8) for path in space.layer_bits([4] * len(space.columns))}
-    model = quantise(space.source.build(), layers, space.quantiser, trainable=True)
+    model = quantise(space.source.build(), layers, space.quantiser)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     behind = [p for name, p in model.named_parameters() if name.endswith("parametrizations.weight.original")]
     assert len(behind) == len(layers)

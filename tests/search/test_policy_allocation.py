@@ -12,7 +12,7 @@ from archfront.errors import InputError
 from archfront.search.allocators.allocator import Allocation, Allocator, Evaluate
 from archfront.search.allocators.linear_programme import Milp
 from archfront.search.allocators.problem import Problem
-from archfront.search.bit_allocation import allocate, bit_problem
+from archfront.search.policy_allocation import allocate, policy_problem
 from archfront.spaces.policies.bits import Bits
 
 RESNET18 = {"name": "timm", "model": "resnet18"}
@@ -23,7 +23,7 @@ def damages(space: Bits, seed: int = 0) -> list[np.ndarray]:
     return [np.sort(rng.random(len(site.domain)))[::-1] for site in space.sites]
 
 
-@pytest.mark.parametrize("budget", ["size_bytes", "weight_mb", "gbops"])
+@pytest.mark.parametrize("budget", ["size_bytes", "model_mb", "gbops"])
 def test_the_problem_costs_what_the_genotype_costs(budget: str) -> None:
     space = Bits(model=RESNET18, weights=[2, 4, 8], keep={"conv1": 8, "fc": 8})
     everything = space.bit_costs(space.from_json([[8] * len(space.columns)]))[budget][0]
@@ -36,7 +36,7 @@ def test_the_problem_costs_what_the_genotype_costs(budget: str) -> None:
         assert stored <= limit * (1 + 1e-9)
         assert (genotype == [8] * len(space.columns)) == (share == 1.0)
     with pytest.raises(InputError, match=rf"budget\.{budget}.*is below.*Give") as refused:
-        bit_problem(space, damages(space), {budget: 0.9 * least})
+        policy_problem(space, damages(space), {budget: 0.9 * least})
     named = float(refused.value.remedy.split()[1])
     assert named == pytest.approx(least, rel=1e-5)
     assert allocate(space, damages(space), {budget: named}, Milp())[0] == [2] * len(space.columns)
@@ -59,9 +59,9 @@ def test_the_best_of_all_genotypes_is_found() -> None:
 def test_what_is_no_sum_over_sites_is_refused() -> None:
     space = Bits(model=dict(VIT), activations=[4, 8])
     with pytest.raises(InputError, match="product of two decisions"):
-        bit_problem(space, damages(space), {"gbops": 1.0})
-    with pytest.raises(InputError, match=r"budget\.mb.*unknown cost"):
-        bit_problem(space, damages(space), {"mb": 1.0})
+        policy_problem(space, damages(space), {"gbops": 1.0})
+    with pytest.raises(InputError, match=r"budget\.mb.*no cost of policies"):
+        policy_problem(space, damages(space), {"mb": 1.0})
 
 
 def test_an_allocator_that_breaks_the_budget_is_named() -> None:
@@ -73,4 +73,4 @@ def test_an_allocator_that_breaks_the_budget_is_named() -> None:
 
     space = Bits(model=dict(VIT), weights=[2, 8])
     with pytest.raises(InputError, match=r"too-greedy.*costs"):
-        allocate(space, damages(space), {"weight_mb": 0.01}, Greedy())
+        allocate(space, damages(space), {"model_mb": 0.01}, Greedy())
