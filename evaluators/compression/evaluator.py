@@ -98,6 +98,8 @@ class Compression(Evaluator):
             if wanted > there:
                 problem = f"is more than the {there} {part} samples of {data.name}"
                 raise InputError(f"evaluators.compression.{field}", wanted, problem, "Lower it.")
+        if self.fine_tuning is not None:
+            self.fine_tuning.part(data)
         policies.source.build()
 
     def prepare_key(self, context: EvaluationContext) -> str | None:

@@ -62,14 +62,7 @@ class FineTuning:
         Raises:
             InputError: a batch that the images cannot fill.
         """
-        images = data.split["train"]
-        if self.images is not None and self.images < len(images):
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(len(images), generator=generator)[: self.images].sort().values
-            data = replace(data, split={**data.split, "train": images[chosen.numpy()]})
-        if (there := len(data.split["train"])) < self.batch:
-            field = "evaluators.compression.fine_tuning.batch"
-            raise InputError(field, self.batch, f"is more than the {there} training images", "Lower it.")
+        data = self.part(data)
         recipe = Recipe(
             batch=self.batch,
             optimizer=self.optimizer,
@@ -83,6 +76,22 @@ class FineTuning:
         run = Run(lambda: model, data, recipe, seed, normalised=normalised, loss=self._loss(teacher))
         run.train(self.epochs, self.epochs)
         return model.eval()
+
+    def part(self, data: DataSet) -> DataSet:
+        """The data with the images that are trained on as its training part.
+
+        Raises:
+            InputError: a batch that they cannot fill.
+        """
+        images = data.split["train"]
+        if self.images is not None and self.images < len(images):
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(len(images), generator=generator)[: self.images].sort().values
+            data = replace(data, split={**data.split, "train": images[chosen.numpy()]})
+        if (there := len(data.split["train"])) < self.batch:
+            field = "evaluators.compression.fine_tuning.batch"
+            raise InputError(field, self.batch, f"is more than the {there} training samples", "Lower it.")
+        return data
 
     def _loss(self, teacher: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def loss(batch: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -61,11 +61,11 @@ class Recipe(ABC):
 
     def subject(self, network: Compressible, seed: int) -> Subject:
         """What scores are measured on."""
-        return Subject.of(network, self._count(network), seed)
+        return Subject.of(network, self.count(network), seed)
 
     def quality(self, network: Compressible) -> Evaluate:
         """Accuracy on the same part of the training data, of choices by their index: what some allocators look at."""
-        space, count = network.space, self._count(network)
+        space, count = network.space, self.count(network)
 
         def evaluate(choices: Sequence[int]) -> float:
             policy = {site.id: site.domain[choice] for site, choice in zip(space.sites, choices, strict=True)}
@@ -74,7 +74,8 @@ class Recipe(ABC):
 
         return evaluate
 
-    def _count(self, network: Compressible) -> int:
+    def count(self, network: Compressible) -> int:
+        """Images that are looked at: ``images``, or as many as there are."""
         return min(self.images, len(network.data.split["train"]))
 
 

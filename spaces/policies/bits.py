@@ -27,7 +27,7 @@ from archfront.spaces.space import Genotype, Layer, Population
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from archfront.spaces.policies.layers import Layers
+    from archfront.spaces.policies.layers import LayerFacts, Layers
     from archfront.spaces.policies.quantised import Calibration, LayerBits
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
@@ -45,7 +45,9 @@ class Bits(PolicySpace):
         activations: the same for what layers read; ``follow`` gives them the weights' bits, ``float`` leaves them.
         keep: layer -> bits of its weights that are not to be chosen, ``{conv1: 8}``, and of its input unless
             activations are float.
-        tie: whether layers that read one tensor have their decisions in common.
+        tie: whether layers that read one tensor have their decisions in common. ``blocks`` ties, beside these, the
+            weights of all layers of a repeated block, and their inputs where these have decisions: each block is one
+            decision, as in Layer-Wise Quantization; layers in no block are tied as by ``true``.
         symmetric, granularity, group, ranges: of the weights' quantisers, see ``Quantiser``.
         activation_ranges: of what layers read, see ``ActivationQuantiser``.
 
@@ -62,7 +64,7 @@ class Bits(PolicySpace):
         weights: list[int] | None = None,
         activations: Literal["follow", "float"] | list[int] = "follow",
         keep: dict[str, int] | None = None,
-        tie: bool = True,
+        tie: bool | Literal["blocks"] = True,
         symmetric: bool = True,
         granularity: Granularity = "channel",
         group: int = 64,
@@ -91,18 +93,20 @@ class Bits(PolicySpace):
     @cached_property
     def layers(self) -> Layers:
         """The layers of the model, those that are kept included."""
-        import torch
-
         from archfront.spaces.policies.layers import find_layers
+
+        return find_layers(*self._on_meta())
+
+    def _on_meta(self) -> tuple[nn.Module, Tensor]:
+        """The model and an example, without memory for their values."""
+        import torch
 
         try:
             with torch.device("meta"):
-                model = self.source.architecture()
-                example = self.source.example()
+                return self.source.architecture(), self.source.example()
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             problem = f"cannot be built ({type(error).__name__}: {str(error).splitlines()[0]})"
             raise InputError("space.model", self._model, problem, "Give sizes that such a network can have.") from error
-        return find_layers(model, example)
 
     def quantiser(self, bits: int) -> Quantiser:
         """Of weights."""
@@ -236,20 +240,42 @@ class Bits(PolicySpace):
         if not isinstance(self.activations, str):
             kinds.append((ACTIVATIONS, "activation-bits", self.activations))
         # Weights are in common only where the inputs, which are, follow them.
-        tied = {ACTIVATIONS} if len(kinds) > 1 else {WEIGHTS} if self.activations == "follow" else set()
-        sources = [layer.source for layer in free]
+        one_input = {ACTIVATIONS} if len(kinds) > 1 else {WEIGHTS} if self.activations == "follow" else set()
+        ties = {what: self._ties(free, one_input=what in one_input) for what, _, _ in kinds}
         return [
             Site(
                 id=f"{layer.path}:{what}",
                 kind=kind,
                 domain=domain,
                 module=layer.path,
-                tied=str(layer.source) if self.tie and what in tied and sources.count(layer.source) > 1 else None,
+                tied=ties[what].get(layer.path),
                 facts={"params": layer.params, "macs": layer.macs, "inputs": layer.inputs},
             )
             for layer in free
             for what, kind, domain in kinds
         ]
+
+    def _ties(self, layers: Sequence[LayerFacts], *, one_input: bool) -> dict[str, str]:
+        """Path -> name of what ties a layer's decision to those of others; without layers that nothing ties.
+
+        Args:
+            layers: that are searched.
+            one_input: whether layers that read one tensor are tied.
+        """
+        from archfront.spaces.policies.repeated_blocks import repeated_blocks
+
+        blocks = repeated_blocks(self._on_meta()[0]) if self.tie == "blocks" else []
+        groups: list[tuple[set[str], list[str]]] = []
+        for layer in layers:
+            reasons = {f"block {block}" for block in blocks if layer.path.startswith(f"{block}.")}
+            if self.tie and one_input:
+                reasons.add(str(layer.source))
+            # Layers of two blocks that read one tensor tie these blocks.
+            joined = [group for group in groups if group[0] & reasons]
+            groups = [group for group in groups if not group[0] & reasons]
+            paths = [path for _, others in joined for path in others]
+            groups.append((reasons.union(*(known for known, _ in joined)), [*paths, layer.path]))
+        return {path: min(reasons) for reasons, paths in groups if len(paths) > 1 for path in paths}
 
 
 def rising(field: str, bits: Sequence[int]) -> tuple[int, ...]:

@@ -105,9 +105,9 @@ class PolicySpace(ProductSpace, ABC):
         """
 
     @property
-    @abstractmethod
     def options(self) -> Mapping[str, Any]:
         """The arguments that make this space again, without ``model``."""
+        return {}
 
     @property
     def config(self) -> Mapping[str, Any]:

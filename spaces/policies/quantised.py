@@ -114,8 +114,28 @@ def input_bits(layer: nn.Module) -> int:
 def bake(model: nn.Module) -> nn.Module:
     """Put the quantised weights in the float ones' places, for good."""
     for _, layer, _ in list(quantised_layers(model)):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        _put(layer, weight)
     return model
+
+
+def with_float_weights(model: nn.Module) -> nn.Module:
+    """Put the float weights back in the quantised ones' places; inputs stay quantised."""
+    for _, layer, _ in list(quantised_layers(model)):
+        weight = float_weight(layer)
+        assert weight is not None
+        _put(layer, weight)
+    return model
+
+
+def _put(layer: nn.Module, weight: Tensor) -> None:
+    """A plain weight in place of the quantised one. torch's own way to do so breaks the layers that this one was copied
+    from or to: they share a class, from which it takes the weight away."""
+    weight = weight.detach().clone()
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    layer.register_parameter("weight", nn.Parameter(weight))
 
 
 def _holder(layer: nn.Module) -> QuantisedWeight | None:

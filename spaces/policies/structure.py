@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,11 +68,11 @@ def find_structure(model: nn.Module, example: Tensor, domains: Mapping[str, Sequ
     remedy = "Give a plain module of one tensor, whose course depends on no values, and an input that it takes."
     with _named_failure(model, "cannot be copied", "Give a module that copy.deepcopy takes."):
         network = _trainable_copy(model)
-    example = example.detach().clone()
+    example = example.detach().cpu().clone()
     if example.is_floating_point():
         example = example.to(next((p.dtype for p in network.parameters()), example.dtype))
-    devices = [example.device] if example.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    # The network runs with widths that are not its own, of which it may warn, and may draw numbers.
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng([]), torch.enable_grad():
         shape = tuple(example.shape)
         with _named_failure(model, f"fails on an input of shape {shape}", remedy):
             course = _Course.of(network, example)
@@ -101,8 +102,8 @@ def _named_failure(model: nn.Module, problem: str, remedy: str) -> Iterator[None
 
 
 def _trainable_copy(model: nn.Module) -> nn.Module:
-    """A copy to follow: with gradients for all weights, and none of half precision, which shows too little."""
-    network = copy.deepcopy(model).eval()
+    """A copy to follow: with gradients for all weights, and of a precision in which only errors change outputs."""
+    network = copy.deepcopy(model).cpu().eval()
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
         network = network.float()
     for parameter in network.parameters():
@@ -153,10 +154,6 @@ class _Course:
                 handle.remove()
         return cls(calls)
 
-    def inside(self, path: str) -> list[str]:
-        """Paths of the modules in one, in the order in which they run."""
-        return [other for other in self.calls if _is_inside(other, path)]
-
 
 def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
@@ -188,6 +185,7 @@ _LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 def _attentions(network: nn.Module, course: _Course, refused: dict[str, str]) -> list[list[_Attention]]:
     """Of every module with heads, asked from the innermost, the guesses; why others have none goes to ``refused``."""
     names = names_of_tensors(network)
+    rank = {path: i for i, path in enumerate(course.calls)}
     found: dict[str, list[_Attention]] = {}
     for path in sorted(course.calls, key=lambda path: -path.count(".") - bool(path)):
         module = network.get_submodule(path)
@@ -196,7 +194,7 @@ def _attentions(network: nn.Module, course: _Course, refused: dict[str, str]) ->
             continue
         # Those whose weights the module uses without calling them come first.
         of_its_own = {f"{path}.{p}" if path else p: m for p, m in module.named_modules() if isinstance(m, nn.Linear)}
-        order = sorted(of_its_own, key=lambda p: list(course.calls).index(p) if p in course.calls else -1)
+        order = sorted(of_its_own, key=lambda p: rank.get(p, -1))
         if isinstance(module, nn.MultiheadAttention):
             found[path] = [_torch_attention(path, module, names)]
         elif guesses := list(_linear_attentions(path, network, {p: of_its_own[p] for p in order}, heads, names)):
@@ -226,7 +224,7 @@ def _linear_attentions(
     for last in reversed(range(1, len(linear))):
         *before, output = list(linear)[: last + 1]
         width = linear[output].in_features
-        makers = [p for p in before if linear[p].out_features % width == 0]
+        makers = [p for p in before if linear[p].out_features in (width, 2 * width, 3 * width)]
         if width % heads or sum(linear[p].out_features for p in makers) < 3 * width:
             continue
         dim = width // heads
@@ -301,6 +299,10 @@ def _adds_to(before: Any, after: Any, closed: set[Any]) -> bool:
         added = added or (name.startswith(("add", "sub")) and len(ways) > 1)
         queue += [(way, added) for way in ways]
     return False
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
 
 
 class _Finder:
@@ -380,7 +382,7 @@ class _Finder:
     def _width_site(self, kind: str, group: Group) -> Site:
         if kind == "channels":
             members = group.writers
-            self._covered |= {f"{path}.{name}" for path in members for name in self._own_weights(path)}
+            self._covered |= {name for path in members for name in self._own_weights(path).values()}
             facts = {"channels": group.channels, "step": group.channels // group.units}
         else:
             members = self._owners(group)
@@ -429,21 +431,23 @@ class _Finder:
         return Site(id=f"{module}:{kind}", kind=kind, domain=domain, module=module, members=members, facts=facts)
 
     def _owners(self, group: Group) -> tuple[str, ...]:
-        """Paths of the modules that a group's tensors belong to, but of the network itself."""
-        owners = {cut.tensor.rpartition(".")[0] for cut in group.cuts} - {""}
-        return tuple(path for path, _ in self._network.named_modules() if path in owners)
+        """Paths of the modules that hold a group's tensors, without the network itself."""
+        cut = {cut.tensor for cut in group.cuts}
+        held = {path: _own_tensors(module) for path, module in self._network.named_modules() if path}
+        return tuple(path for path, own in held.items() if any(self._names[id(t)] in cut for t in own.values()))
 
-    def _own_weights(self, path: str) -> list[str]:
+    def _own_weights(self, path: str) -> dict[str, str]:
+        """Of a module's own parameters of two axes and more: name in it -> name in the network."""
         own = self._network.get_submodule(path).named_parameters(recurse=False)
-        return [name for name, parameter in own if parameter.ndim >= 2]
+        return {name: self._names[id(parameter)] for name, parameter in own if parameter.ndim >= 2}
 
     def _refuse(self, group: Group, problem: str) -> None:
         for path in group.writers:
             self._refused.setdefault(path, f"its channels {problem}")
 
     def _left_alone(self) -> Iterator[tuple[str, str]]:
-        for path, module in self._network.named_modules():
-            own = [n for n in self._own_weights(path) if self._names[id(getattr(module, n))] not in self._covered]
+        for path, _ in self._network.named_modules():
+            own = [name for name, named in self._own_weights(path).items() if named not in self._covered]
             for name in own[:1] if path else own:
                 yield path or name, self._reason(path)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tests.support.small_models import DATA
 
 import archfront
 from archfront.cli.main import main
@@ -53,6 +54,26 @@ def test_the_grammar_of_the_documentation_runs(tmp_path: Path) -> None:
     rows = job.front(fidelity="any", objectives=["accuracy", "params"]).to_pandas()
     assert set(rows["fidelity"]) <= {2, 6}
     assert 6 in job.front().to_pandas()["fidelity"].tolist()
+
+
+def test_the_policy_of_the_documentation_runs(tmp_path: Path) -> None:
+    spec = {
+        "name": "mine",
+        "space": {"name": "skipped-blocks", "model": {"name": "cifar-resnet", "depth": 14}},
+        "data": DATA,
+        "evaluators": [{"name": "compression", "recovery": [{"name": "batch-norm"}]}],
+        "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "macs", "direction": "min"}],
+        "strategy": {"name": "random"},
+        "budget": {"evaluations": 8},
+        "workers": {"count": 1, "executor": "process"},
+    }
+    job = archfront.run(spec, db=tmp_path / "l.db", plugins=[EXAMPLES / "my_policy.py"])
+    [least, most] = (job.front(objectives=[f"{sign}macs"])[0] for sign in "-+")
+    # Every block of the first stage, and of each later one but its first, has the same number of multiply-adds.
+    skipped = least["genotype"].count("skip") - most["genotype"].count("skip")
+    assert most["macs"] - least["macs"] == skipped * 2 * 16 * 16 * 9 * 32 * 32 > 0
+    text = (ROOT / "docs" / "policies.md").read_text()
+    assert f"```python\n{(EXAMPLES / 'my_policy.py').read_text()}```" in text
 
 
 def test_the_documentation_shows_the_examples_as_they_are() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from tests.support.command_line import command
-from tests.support.small_models import RESNET, bits, digits, trained
+from tests.support.small_models import RESNET, bits, data_of, digits, trained
 
 import archfront
 from archfront.errors import InputError
@@ -44,6 +44,10 @@ def test_every_recipe(name: str, networks: dict[str, Compressible]) -> None:
         stored = space.bit_costs(space.from_json([genotype]))["model_mb"][0]
         assert stored <= budget["model_mb"] * (1 + 1e-9)
         assert allocation.costs["model_mb"] == pytest.approx(stored)
+    if name == "rsq":
+        # One width for all layers, which allocates nothing.
+        assert [set(genotype) for genotype, _ in found] == [{2}, {2}]
+        return
     # At equal cost: the recipe's larger policy against random ones that fit, and leave as little of the budget.
     rows = space.sample(np.random.default_rng(0), 3000)
     costs = space.bit_costs(rows)["model_mb"]
@@ -83,6 +87,56 @@ def test_a_recipe_is_run_by_its_name(
     assert "0.01783" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "data", "budget"),
+    [
+        # 24 thousand weights in blocks of 12 thousand, and 3 thousand in the head, which is kept at 4 bits.
+        ("layer-wise-quantization", "decoder", "text", "model_mb <= 0.0103"),
+        ("rsq", "decoder", "text", "model_mb <= 0.01"),
+        ("lrp-qvit", "vit", "digits", "model_mb <= 0.018"),
+    ],
+)
+def test_recipes_of_transformers_are_run_with_their_recovery(
+    name: str,
+    model: str,
+    data: str,
+    budget: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside the same policy without it, which loses more."""
+    db = str(tmp_path / "l.db")
+    words = ["run", "--recipe", name, "--model", json.dumps(trained(model)), "--data", data, "--budget", budget]
+    assert command(monkeypatch, *words, "--db", db, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 1
+    job = archfront.Job(db)
+    [genotype] = job.spec["seeds"]
+    found = job.front(objectives=["accuracy", "model_mb"], where="model_mb > 0").to_pandas()
+    assert found["model_mb"][0] <= read_budget(budget)["model_mb"]
+    space = bits(model, **RECIPES.get(name, "recipe").space)
+    plain = Compressible(space, data_of(model), 256)
+    [judged] = plain.judged("validation", [space.variant(genotype)], None)
+    assert found["accuracy"][0] > judged.accuracy
+    assert len(set(genotype)) == (1 if name == "rsq" else 2)
+
+
+def test_rsq_gives_all_layers_the_largest_width_that_fits() -> None:
+    space = bits("decoder", **RECIPES.get("rsq", "recipe").space)
+    network = Compressible(space, data_of("decoder"), 16)
+    recipe = RECIPES.build({"name": "rsq"}, "recipe")
+    sizes = {width: float(space.bit_costs(space.from_json([[width] * 13]))["model_mb"][0]) for width in (2, 3, 4)}
+    budgets = [{"model_mb": sizes[2]}, {"model_mb": sizes[3] * 0.999}, {"model_mb": sizes[3]}, {"model_mb": 1.0}]
+    found = recipe.policies(network, budgets)
+    assert [genotype for genotype, _ in found] == [[width] * 13 for width in (2, 2, 3, 4)]
+    assert [allocation.costs["model_mb"] for _, allocation in found] == pytest.approx(
+        [sizes[2], sizes[2], sizes[3], sizes[4]]
+    )
+    assert all(allocation.gap == 0 for _, allocation in found)
+    with pytest.raises(InputError, match=r"budget\.model_mb.*least that all sites"):
+        recipe.policies(network, [{"model_mb": sizes[2] * 0.99}])
+
+
 def test_a_recipe_begins_a_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +152,7 @@ def test_a_recipe_begins_a_search(
         "workers": {"executor": "inline"},
     }
     file.write_text(yaml.safe_dump(job))
-    words = ["run", str(file), "--recipe", "gradient-importance", "--budget", "model_mb <= 0.03", "--db", db]
+    words = ["run", str(file), "--recipe", "brecq", "--budget", "model_mb <= 0.03", "--db", db]
     assert command(monkeypatch, *words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["evaluations"]["done"] == 16
     found = archfront.Job(db)

@@ -18,5 +18,7 @@ RECOVERIES: Registry[Recovery] = Registry(
         "gptq": f"{_HERE}.rounding:Gptq",
         "adaround": f"{_HERE}.rounding:AdaRound",
         "low-rank": f"{_HERE}.low_rank:LowRank",
+        "layer-norm-folding": f"{_HERE}.channel_wise_inputs:LayerNormFolding",
+        "rsq": f"{_HERE}.rotated:Rsq",
     },
 )

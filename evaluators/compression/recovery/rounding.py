@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from archfront.evaluators.compression.recovery.adaround import reconstruct
 from archfront.evaluators.compression.recovery.gptq import gptq, hessian_of, layer_inputs
 from archfront.evaluators.compression.recovery.recovery import Case, Recovery, inputs_of
-from archfront.spaces.policies.quantised import float_weight, quantised_layers
+from archfront.spaces.policies.quantised import float_weight, quantised_layers, with_float_weights
 from archfront.spaces.policies.repeated_blocks import block_of
 
 
@@ -81,7 +79,7 @@ class AdaRound(Recovery):
             units.setdefault(block, []).append(path)
         for unit, paths in units.items():
             inner = {path: path.removeprefix(unit).removeprefix(".") for path in paths}
-            soft = _with_float_weights(case.student.get_submodule(unit))
+            soft = with_float_weights(copy.deepcopy(case.student.get_submodule(unit)))
             found = reconstruct(
                 case.teacher.get_submodule(unit),
                 soft,
@@ -100,12 +98,3 @@ class AdaRound(Recovery):
                 weight = soft.get_submodule(inner[path]).weight
                 assert isinstance(weight, Tensor)
                 holders[path].fixed = weight.detach().clone()
-
-
-def _with_float_weights(block: nn.Module) -> nn.Module:
-    """A copy with the float weights in the quantised ones' places; inputs stay quantised."""
-    made = copy.deepcopy(block)
-    layers: Sequence[nn.Module] = [layer for _, layer, _ in quantised_layers(made)]
-    for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    return made

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from archfront.evaluators.compression.scores.logits import cross_entropy, rows
 from archfront.evaluators.compression.scores.score import Score, Subject, Vector
 
 Measure = Literal["mse", "sqnr", "kl", "loss", "cosine"]
@@ -52,7 +53,7 @@ class Distortion(Score):
             signal += float(own.square().sum())
             for k, logits in enumerate(network.outputs(batch, policies)):
                 sums[k] += self._sum(own, logits, labels)
-        values = sums / len(subject.labels)
+        values = sums / subject.labels.numel()
         if self.of == "sqnr":
             values = 10 * np.log10(np.maximum(sums, 1e-30) / max(signal, 1e-30))
             values -= values.min()
@@ -61,14 +62,15 @@ class Distortion(Score):
         return found
 
     def _sum(self, own: Tensor, logits: Tensor, labels: Tensor) -> float:
-        """Over the images of a batch."""
+        """Over the images of a batch, or the places of its sequences."""
+        own, logits = rows(own), rows(logits)
         if self.of in ("mse", "sqnr"):
             squares = (logits - own).square()
             return float(squares.mean(1).sum() if self.of == "mse" else squares.sum())
         if self.of == "cosine":
             return float((1 - functional.cosine_similarity(logits, own, dim=1)).sum())
         if self.of == "loss":
-            before, after = (functional.cross_entropy(x, labels, reduction="sum") for x in (own, logits))
+            before, after = (cross_entropy(x, labels, reduction="sum") for x in (own, logits))
             return float(after - before)
         target = functional.log_softmax(own, 1)
         return float(functional.kl_div(functional.log_softmax(logits, 1), target, reduction="sum", log_target=True))

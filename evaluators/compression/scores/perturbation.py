@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archfront.errors import InputError
+from archfront.evaluators.compression.scores.logits import cross_entropy
 from archfront.evaluators.compression.scores.score import Score, Subject, Vector, is_identity
-from archfront.spaces.policies.site import Site
+from archfront.spaces.policies.site import Site, tied_groups
 
 
 class Perturbation(Score):
@@ -21,25 +21,28 @@ class Perturbation(Score):
     name: ClassVar[str] = "perturbation"
 
     def measure(self, subject: Subject) -> list[Vector]:
-        return [_each(site, lambda change: float(change.square().sum()), subject) for site in _weights(subject)]
+        return [_each(site, lambda change: float(change.square().sum()), subject) for site in weight_sites(subject)]
 
 
 class Outliers(Score):
     """Share of weights that lie more than one deviation from their mean, times how much of their range a choice drops.
 
     Layer-Wise Quantization's ZD (policies.md, A2): the *lower* the share, the more important the layer; it is 0.317 for
-    Gaussian weights. Damage is ``(1 - share) 2^-b``. Needs no data.
+    Gaussian weights. Damage is ``(1 - share) 2^-b``; that of sites that are tied adds up to the one of the share of all
+    their weights, so that a decision about many layers weighs no more than one about few. Needs no data.
     """
 
     name: ClassVar[str] = "outliers"
 
     def measure(self, subject: Subject) -> list[Vector]:
-        found = []
-        for site in _weights(subject):
-            weight = _weight(subject, site)
-            share = float(((weight - weight.mean()).abs() > weight.std()).float().mean())
-            rows = [0.0 if is_identity(bits) else (1 - share) * 2.0 ** -int(bits) for bits in site.domain]
-            found.append(np.array(rows))
+        sites = weight_sites(subject)
+        weights = [_weight(subject, site) for site in sites]
+        shares = [float(((w - w.mean()).abs() > w.std()).float().mean()) for w in weights]
+        found = [np.zeros(len(site.domain)) for site in sites]
+        for group in tied_groups(sites):
+            count = sum(weights[i].numel() for i in group)
+            for i in group:
+                found[i] = (1 - shares[i]) * (weights[i].numel() / count) * steps(sites[i])
         return found
 
 
@@ -66,7 +69,7 @@ class Hessian(Score):
         self.draws = draws
 
     def measure(self, subject: Subject) -> list[Vector]:
-        sites = _weights(subject)
+        sites = weight_sites(subject)
         traces = self.traces(subject)
         return [
             _each(
@@ -79,7 +82,7 @@ class Hessian(Score):
 
     def traces(self, subject: Subject) -> dict[str, float]:
         """Path -> trace of the Hessian of the mean loss with respect to its weight."""
-        paths = [site.module for site in _weights(subject)]
+        paths = [site.module for site in weight_sites(subject)]
         weights = [_parameter(subject, path) for path in paths]
         generator = torch.Generator().manual_seed(subject.seed)
         sums = torch.zeros(len(paths), dtype=torch.float64)
@@ -88,7 +91,7 @@ class Hessian(Score):
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             for batch, labels in _with_labels(subject):
-                loss = functional.cross_entropy(model(batch), labels)
+                loss = cross_entropy(model(batch), labels)
                 gradients = torch.autograd.grad(loss, weights, create_graph=True)
                 for _ in range(self.draws):
                     vectors = [_signs(weight, generator) for weight in weights]
@@ -115,11 +118,11 @@ class Taylor(Score):
         self.form = form
 
     def measure(self, subject: Subject) -> list[Vector]:
-        sites = _weights(subject)
+        sites = weight_sites(subject)
         found = [np.zeros(len(site.domain)) for site in sites]
         weights = [_parameter(subject, site.module) for site in sites]
         for batch, labels in _with_labels(subject):
-            loss = functional.cross_entropy(subject.network.model(batch), labels)
+            loss = cross_entropy(subject.network.model(batch), labels)
             gradients = torch.autograd.grad(loss, weights)
             for row, site, gradient in zip(found, sites, gradients, strict=True):
                 row += _each(site, lambda change, g=gradient: self._of(change * g), subject) / len(subject.batches)
@@ -158,7 +161,7 @@ class ZerothOrder(Score):
         slopes = self.slopes(subject)
         return [
             _each(site, lambda change, s=slopes[site.module]: s * float(change.norm()), subject)
-            for site in _weights(subject)
+            for site in weight_sites(subject)
         ]
 
     def slopes(self, subject: Subject) -> dict[str, float]:
@@ -166,7 +169,7 @@ class ZerothOrder(Score):
         found = {}
         generator = torch.Generator().manual_seed(subject.seed)
         with torch.no_grad():
-            for site in _weights(subject):
+            for site in weight_sites(subject):
                 weight = _parameter(subject, site.module)
                 kept, total = weight.clone(), 0.0
                 for _ in range(self.draws):
@@ -181,12 +184,22 @@ class ZerothOrder(Score):
         return found
 
 
-def _weights(subject: Subject) -> list[Site]:
+def weight_sites(subject: Subject) -> list[Site]:
+    """All sites, if they are of weights.
+
+    Raises:
+        InputError: one is not.
+    """
     for site in subject.sites:
         if site.kind != "weight-bits":
             problem = f"is a choice of {site.kind}, which a score of weights does not see"
             raise InputError("score", site.id, problem, "Choose 'distortion', or activations: follow or float.")
     return list(subject.sites)
+
+
+def steps(site: Site) -> Vector:
+    """``2^-b`` of each choice ``b`` of bits, 0 for none: ``(choices,)``."""
+    return np.array([0.0 if is_identity(bits) else 2.0 ** -int(bits) for bits in site.domain])
 
 
 def _weight(subject: Subject, site: Site) -> Tensor:
@@ -218,7 +231,7 @@ def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 def _loss(subject: Subject) -> float:
     losses = [
-        float(functional.cross_entropy(subject.network.model(batch), labels, reduction="sum"))
+        float(cross_entropy(subject.network.model(batch), labels, reduction="sum"))
         for batch, labels in _with_labels(subject)
     ]
-    return sum(losses) / len(subject.labels)
+    return sum(losses) / subject.labels.numel()

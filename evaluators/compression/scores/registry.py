@@ -19,7 +19,10 @@ SCORES: Registry[Score] = Registry(
         "hessian": f"{_HERE}.perturbation:Hessian",
         "taylor": f"{_HERE}.perturbation:Taylor",
         "zeroth-order": f"{_HERE}.perturbation:ZerothOrder",
+        "cosine-change": f"{_HERE}.cosine_change:CosineChange",
         "distortion": f"{_HERE}.distortion:Distortion",
+        "augmented-hessian": f"{_HERE}.pairs:AugmentedHessian",
+        "by-group": f"{_HERE}.by_group:ByGroup",
         "relevance": f"{_HERE}.relevance:Relevance",
     },
 )

@@ -29,7 +29,7 @@ from archfront.evaluators.latency.tracing import Trace
 
 FORMAT = "archfront-network-latency-1"
 LEAST_NETWORKS = 6
-TERMS = ("operators_ms", "calls", "modules", "model_mb", "activation_mb")
+TERMS = ("operators_ms", "calls", "modules", "weight_mb", "activation_mb")
 
 
 class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
