@@ -43,7 +43,7 @@ def main() -> None:
     facts = machine()
     data = load({"name": "cifar10"}, 32, 3)
     count = 100 if options.quick else None
-    tuning = FineTuning(epochs=1, images=512 if options.quick else None)
+    tuning = FineTuning(epochs=1, images=512 if options.quick else 20_000)
     rows: list[list[Any]] = []
     for inputs in ("float", "follow"):
         space = Bits(
@@ -61,7 +61,7 @@ def main() -> None:
         for name, steps in STEPS.items():
             small = [{**step, "steps": 5} if options.quick and "steps" in step else step for step in steps]
             settings.append((name, {"recovery": [RECOVERIES.build(step, "recovery") for step in small]}))
-        settings.append(("an epoch of fine-tuning", {"fine_tuning": tuning}))
+        settings.append(("fine-tuning, 20,000 images once", {"fine_tuning": tuning}))
         for name, arguments in settings:
             begun = time.perf_counter()
             one = Compressible(space, data, 256, **arguments)

@@ -16,18 +16,17 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from machine import machine, show, write_json
-from recipes_plot import plot
+from recipes_report import plot
 from safetensors.torch import save_file
 
 import archfront
-from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible, Judged
 from archfront.evaluators.compression.fine_tuning import FineTuning
 from archfront.evaluators.compression.recovery.registry import RECOVERIES
@@ -50,7 +49,7 @@ class Study:
     Attributes:
         source: job file's ``model``.
         keep: layers at 8 bits that are not chosen for.
-        epochs: of training, or of the checkpoint's adaptation.
+        epochs: of training, or of the checkpoint's adaptation, which sees ``tuned_on`` images.
         test, validation: samples that policies are judged by.
         evaluations: of each search.
         recipes: that serve it.
@@ -65,11 +64,11 @@ class Study:
     validation: int
     evaluations: int
     recipes: Sequence[str]
-    averages: Sequence[float] = (2.5, 3, 4, 5)
+    averages: Sequence[float] = (3, 3.5, 4, 5)
     training: Training | None = None
     steps: int = 300
     images: int = 256
-    options: Mapping[str, Any] = field(default_factory=dict)
+    tuned_on: int | None = None
 
 
 _CNN = ("hawq-v3", "augmented-hessians", "mixdq", "brecq", "zeroquant-v2", "leave-one-in", "layer-wise-quantization-zd")
@@ -78,11 +77,11 @@ _RESNET = {"name": "cifar-resnet", "normalisation": "imagenet"}
 STUDIES = {
     "resnet20": Study(
         {**_RESNET, "depth": 20, "weights": "checkpoints/resnet20-12fca82f.th"},
-        {"name": "cifar10"}, ("conv1", "linear"), 1, 4000, 1000, 600, _ALL,
+        {"name": "cifar10"}, ("conv1", "linear"), 1, 2500, 500, 500, _ALL,
     ),
     "resnet56": Study(
         {**_RESNET, "depth": 56, "weights": "checkpoints/resnet56-4bfd9763.th"},
-        {"name": "cifar10"}, ("conv1", "linear"), 1, 2000, 500, 400, _ALL, images=128,
+        {"name": "cifar10"}, ("conv1", "linear"), 1, 1000, 300, 300, _ALL, (3.5, 4, 5), images=128, tuned_on=15_000,
     ),
     "vit": Study(
         {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 4000, 1000, 600,
@@ -90,7 +89,7 @@ STUDIES = {
         training=Training(optimizer="adamw", learning_rate=0.002, batch=128, augmentation="shift"),
     ),
     "decoder": Study(
-        {"name": "decoder"}, {"name": "text"}, ("head",), 25, 720, 300, 600, (*_ALL, "rsq"),
+        {"name": "decoder", "dim": 64}, {"name": "text"}, ("head",), 15, 720, 300, 600, (*_ALL, "rsq"),
         training=Training(optimizer="adamw", learning_rate=0.003, batch=32, augmentation="none", label_smoothing=0.0),
     ),
 }  # fmt: skip
@@ -118,7 +117,7 @@ def trained(name: str, study: Study, work: Path, quick: bool) -> tuple[dict[str,
         if study.training is None:
             network = Compressible(Bits(model=dict(study.source)), data, 16)
             found["as it comes"] = accuracy(network.model, network)
-            tuning = FineTuning(epochs=study.epochs, images=2000 if quick else None)
+            tuning = FineTuning(epochs=study.epochs, images=1000 if quick else study.tuned_on)
             tuned = tuning.tune(source.build(), network.model, data, network.normalised, 0)
         else:
             run = Run(source.architecture, data, study.training, seed=0)
@@ -231,26 +230,21 @@ class Trial:
         recipe = RECIPES.build({"name": name}, "recipe")
         kind.images = min(kind.images, self.study.images)
         begun = time.perf_counter()
-        for average, budget in self.budgets.items():
-            try:
-                [(own, allocation)] = recipe.policies(network, [{"model_mb": budget}])
-            except InputError as error:
-                print(f"  {average:g} bits, {name}: {error}")
-                continue
-            policy = network.space.policy(own)  # type: ignore[attr-defined]
-            genotype = self.space.genotype(policy)
-            self.found.append(genotype)
-            more: dict[str, Any] = {"gap": allocation.gap}
-            if kind.recovery:
-                more["recovered"] = self.judge([genotype], kind.recovery)[0].drop
-            self.add(name, average, [genotype], **more)
-            random = []
-            for seed in range(draws):
-                recipe.score = RandomScore  # type: ignore[method-assign]
-                [(drawn, _)] = recipe.policies(network, [{"model_mb": budget}], seed)
-                random.append(self.space.genotype(network.space.policy(drawn)))  # type: ignore[attr-defined]
-                del recipe.score
-            self.add(f"{name}, random score", average, random)
+        budgets = [{"model_mb": budget} for budget in self.budgets.values()]
+
+        def chosen(seed: int) -> list[Any]:
+            policies = recipe.policies(network, budgets, seed)
+            return [self.space.genotype(network.space.policy(genotype)) for genotype, _ in policies]  # type: ignore[attr-defined]
+
+        own = chosen(0)
+        self.found += own
+        recovered = [one.drop for one in self.judge(own, kind.recovery)] if kind.recovery else None
+        recipe.score = RandomScore  # type: ignore[method-assign]
+        drawn = [chosen(seed) for seed in range(draws)]
+        for i, average in enumerate(self.budgets):
+            more = {} if recovered is None else {"recovered": recovered[i]}
+            self.add(name, average, [own[i]], **more)
+            self.add(f"{name}, random score", average, [one[i] for one in drawn])
         print(f"  {name}: {time.perf_counter() - begun:,.0f} s", flush=True)
 
     def search(self, kind: str, seeds: Sequence[Any], evaluations: int) -> None:
@@ -284,11 +278,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=STUDIES)
     parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
-    parser.add_argument("--draws", type=int, default=3, help="random scores for each recipe and budget")
+    parser.add_argument("--draws", type=int, default=2, help="random scores for each recipe and budget")
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for weights and searches")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     study = STUDIES[options.model]
     if options.quick:
         study = Study(**{**vars(study), "test": 100, "validation": 50, "evaluations": 60, "averages": (4,), "steps": 5})
@@ -297,7 +293,7 @@ def main() -> None:
     begun = time.perf_counter()
     trial = Trial(options.model, study, options.work, options.quick)
     print(f"{options.model}: {trial.accuracies}", flush=True)
-    trial.baselines(8)
+    trial.baselines(6)
     for name in study.recipes:
         trial.recipe(name, options.draws)
     trial.search("search", [], study.evaluations)

@@ -23,7 +23,7 @@ class Rsq(Recipe):
     """
 
     name = "rsq"
-    space: ClassVar[Mapping[str, Any]] = {"weights": [2, 3, 4], "activations": "float"}
+    space: ClassVar[Mapping[str, Any]] = {"weights": [2, 3, 4], "activations": "float", "ranges": "mse"}
     recovery: ClassVar[Sequence[Mapping[str, Any]]] = ({"name": "rsq"},)
     images = 1
 

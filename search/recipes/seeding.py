@@ -11,11 +11,12 @@ import yaml
 
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
+from archfront.evaluators.compression.evaluator import Compression
 from archfront.evaluators.training import load_for
 from archfront.search.job import JobSpec
 from archfront.search.recipes.recipe import Recipe, read_budget
 from archfront.search.recipes.registry import RECIPES
-from archfront.search.resolve import resolve
+from archfront.search.resolve import build_evaluators, resolve
 from archfront.spaces.policies.policy_chain import policies_of
 from archfront.spaces.registry import SPACES
 
@@ -66,7 +67,11 @@ def seeded(spec: JobSpec, name: str, budgets: Sequence[str]) -> JobSpec:
     limits = [read_budget(text) for text in budgets]
     resolve(spec)
     space = SPACES.build(spec.space, "space")
-    network = Compressible(policies_of(space, "a recipe"), load_for(space, spec.data), 256)
+    # On what the job itself calibrates with, where it says so.
+    judges = [one for _, one in build_evaluators(spec) if isinstance(one, Compression)]
+    judge = judges[0] if judges else Compression()
+    data = load_for(space, spec.data)
+    network = Compressible(policies_of(space, "a recipe"), data, judge.calibration, judge.images)
     found = [genotype for genotype, _ in recipe.policies(network, limits, spec.seed)]
     unique = [json.loads(text) for text in dict.fromkeys(json.dumps(g) for g in [*found, *spec.seeds])]
     return spec.model_copy(update={"seeds": unique})

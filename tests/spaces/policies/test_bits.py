@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.small_models import RESNET, VIT, bits, trained
+from tests.support.small_models import DECODER, RESNET, VIT, bits, trained
 from tests.support.space_contract import check_models, check_space
 from torch import nn
 
@@ -40,6 +40,61 @@ def test_ties_are_those_of_hawq() -> None:
     assert len(space.columns) == 16
     assert len(Bits(model=RESNET18, tie=False, keep={"conv1": 8, "fc": 8}).columns) == 19
     assert len(Bits(model=RESNET18, activations="float", keep={"conv1": 8, "fc": 8}).columns) == 19
+
+
+def test_blocks_are_one_decision_each() -> None:
+    """Of Layer-Wise Quantization; what lies outside of them, and what is kept, is not part of any."""
+    decoder = {**DECODER, "depth": 3}
+    space = Bits(model=decoder, activations="float", tie="blocks")
+    assert tied_groups(space.sites) == [tuple(range(6 * i, 6 * i + 6)) for i in range(3)] + [(18,)]
+    assert {site.tied for site in space.sites[6:12]} == {"block blocks.1"}
+    assert space.policy([2, 4, 8, 2])["blocks.1.mlp.fc2:weights"] == 4
+    kept = Bits(model=decoder, activations="float", tie="blocks", keep={"blocks.0.attention.q": 8, "head": 8})
+    assert tied_groups(kept.sites) == [tuple(range(5)), tuple(range(5, 11)), tuple(range(11, 17))]
+    # Weights and inputs are tied separately.
+    both = Bits(model=decoder, activations=[4, 8], tie="blocks")
+    assert tied_groups(both.sites)[:2] == [tuple(range(0, 12, 2)), tuple(range(1, 12, 2))]
+    assert len(both.columns) == 8
+    assert Bits(**both.config).digest == both.digest != Bits(model=decoder, activations=[4, 8]).digest
+    check_space(both)
+
+
+def test_layers_that_read_one_tensor_stay_tied_outside_of_blocks() -> None:
+    """A network of a stem of two layers, a block of two, and two heads, of which one reads what the block reads."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+            self.blocks = nn.Sequential(nn.ModuleDict({"x": nn.Linear(4, 4), "y": nn.Linear(4, 4)}))
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            pixels = image.flatten(1)[:, :4]
+            read = self.a(pixels) + self.b(pixels)
+            block = self.blocks[0]
+            assert isinstance(block, nn.ModuleDict)
+            made: torch.Tensor = self.c(block["y"](block["x"](read))) + self.d(read)
+            return made
+
+    class Stub(Bits):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(model=dict(VIT), **options)
+
+        def _on_meta(self) -> tuple[nn.Module, torch.Tensor]:
+            return Network(), torch.zeros(1, 1, 2, 2)
+
+    def groups(**options: Any) -> list[list[str]]:
+        space = Stub(weights=[4, 8], **options)
+        return [[space.sites[i].id for i in group] for group in tied_groups(space.sites)]
+
+    follow = groups(tie="blocks", activations="follow")
+    assert [[name.partition(":")[0] for name in group] for group in follow] == [
+        ["a", "b"], ["blocks.0.x", "blocks.0.y", "d"], ["c"],
+    ]  # fmt: skip
+    weights = [g for g in groups(tie="blocks", activations=[4]) if g[0].endswith("weights")]
+    assert [len(group) for group in weights] == [1, 1, 2, 1, 1]
+    assert [len(group) for group in groups(tie="blocks", activations="float")] == [1, 1, 2, 1, 1]
+    assert [len(group) for group in groups(activations="follow")] == [2, 2, 1, 1]
 
 
 def test_costs_are_hawqs() -> None:
