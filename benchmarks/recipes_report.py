@@ -79,7 +79,7 @@ def table(found: dict[str, Any], name: str) -> str:
     text = [
         f"### {TITLES.get(name, name)}",
         "",
-        f"Accuracy of the network on the test part: {accuracies}. Policies are judged on {found['test']:,} samples of it;",
+        f"Accuracy of the network on the test part: {accuracies}. Policies are judged on {found['test']:,} samples;",
         f"a single drop at {averages[-1]:g} bits deviates by {_deviation(found, averages[-1]):.2f} points.",
         "",
         f"![Points lost over bits](recipes_{name}.png)",

@@ -19,6 +19,7 @@ from archfront.evaluators.compression.shared_prefixes import SharedPrefixes, Sha
 from archfront.evaluators.datasets.dataset import DataSet, SplitName
 from archfront.spaces.policies.bits import Bits
 from archfront.spaces.policies.measured_costs import measured_costs
+from archfront.spaces.policies.packed_model import pack_model
 from archfront.spaces.policies.policy_space import Policies, Variant
 
 _MODELS_KEPT = 256
@@ -108,8 +109,14 @@ class Compressible:
         with torch.no_grad():
             return [self._transformed(policy)(batch) for policy in policies]
 
-    def prepared(self, policy: Variant, seed: int = 0) -> nn.Module:
-        """The network under a policy, recovered and fine-tuned; the last one is kept."""
+    def prepared(self, policy: Variant, seed: int = 0, *, packed: bool = False) -> nn.Module:
+        """The network under a policy, recovered and fine-tuned; the last one is kept.
+
+        Args:
+            packed: with true low-bit weights.
+        """
+        if packed:
+            return pack_model(copy.deepcopy(self.prepared(policy, seed)))
         key = f"{seed} {_key(policy)}"
         if self._prepared is None or self._prepared[0] != key:
             student = self.space.transform(copy.deepcopy(self.model), policy, self._calibration).eval()
@@ -131,12 +138,19 @@ class Compressible:
         """``COSTS`` of the prepared network."""
         return measured_costs(self.prepared(policy, seed), self.space.source.example())
 
-    def judged(self, part: SplitName, policies: Sequence[Variant], count: int | None, seed: int = 0) -> list[Judged]:
-        """Each policy over a part, or over so many samples of it, against the network itself, fine-tuned alike."""
+    def judged(
+        self, part: SplitName, policies: Sequence[Variant], count: int | None, seed: int = 0, *, packed: bool = False
+    ) -> list[Judged]:
+        """Each policy over a part, or over so many samples of it, against the network itself, fine-tuned alike.
+
+        Args:
+            packed: with true low-bit weights, each network on its own.
+        """
         batches, labels = self.inputs(part, count)
         own = self._own(part, count, seed, batches, labels)
-        if not self.shares:
-            return [_judged(own, _all_right(self.prepared(policy, seed), batches, labels)) for policy in policies]
+        if packed or not self.shares:
+            models = (self.prepared(policy, seed, packed=packed) for policy in policies)
+            return [_judged(own, _all_right(model, batches, labels)) for model in models]
         right = torch.zeros(len(policies), *labels.shape, dtype=torch.bool)
         start = 0
         for batch in batches:

@@ -39,7 +39,7 @@ class Compression(Evaluator):
 
     ``accuracy_drop`` is in points, over the same samples, with the standard deviation of the paired difference; where
     there is fine-tuning, the network itself gets the same before. Calibration sees the training part alone; the test
-    part is looked at for final tasks alone.
+    part is looked at for final tasks alone, whose networks have true low-bit weights.
 
     Args:
         fidelities: samples of the validation part that a policy is judged by, rising; all by default.
@@ -136,8 +136,8 @@ class Compression(Evaluator):
     ) -> list[Evaluated]:
         space = network.space
         policies = [space.variant(genotype) for genotype in genotypes]
-        judged = network.judged("validation", policies, count, seed)
-        tested = network.judged("test", policies, None, seed) if final else [None] * len(policies)
+        judged = network.judged("validation", policies, count, seed, packed=final)
+        tested = network.judged("test", policies, None, seed, packed=True) if final else [None] * len(policies)
         if network.shares:
             table = space.cost_table(space.from_json(genotypes))
             costs = [{name: float(values[row]) for name, values in table.items()} for row in range(len(policies))]

@@ -29,7 +29,9 @@ class QuantisedWeight(nn.Module):
         quantiser: whose grid it lies on.
         fixed: the quantised weight itself where a method has chosen its codes; the float weight then learns no more.
         correction: added to it, of the weight's shape; low-rank factors multiplied out.
-        correction_bytes: that the factors take.
+        factors, factor_quantiser: what the correction is the product of, before they are quantised themselves; None
+            for factors in float16.
+        correction_bytes: that they take.
     """
 
     fixed: Tensor | None
@@ -38,6 +40,8 @@ class QuantisedWeight(nn.Module):
     def __init__(self, quantiser: Quantiser) -> None:
         super().__init__()
         self.quantiser = quantiser
+        self.factors: tuple[Tensor, Tensor] | None = None
+        self.factor_quantiser: Quantiser | None = None
         self.correction_bytes = 0
         self.register_buffer("fixed", None)
         self.register_buffer("correction", None)

@@ -45,6 +45,7 @@ class LowRank(Recovery):
                 (f.half().to(f) for f in factors) if quantiser is None else quantised_factors(*factors, quantiser)
             )
             holder.correction = (left @ right).reshape(weight.shape).to(weight.dtype)
+            holder.factors, holder.factor_quantiser = factors, quantiser
             holder.correction_bytes = correction_bytes(weight.shape, rank, quantiser)
 
 
