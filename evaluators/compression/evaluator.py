@@ -108,13 +108,13 @@ class Compression(Evaluator):
     def prepare(self, context: EvaluationContext) -> dict[str, Any]:
         """The network itself, fine-tuned once for all workers, as a checkpoint."""
         with torch_threads(context.threads):
-            self._network(context).reference()
+            self.network(context).reference()
         return {}
 
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:
         results: list[Evaluated | Exception | None] = [None] * len(tasks)
         with torch_threads(context.threads):
-            network = self._network(context)
+            network = self.network(context)
             for final, fidelity, seed in sorted({_kind(task) for task in tasks}):
                 chosen = [i for i, task in enumerate(tasks) if _kind(task) == (final, fidelity, seed)]
                 count = None if final or not self.fidelities else fidelity
@@ -152,7 +152,8 @@ class Compression(Evaluator):
             for one, last, cost in zip(judged, tested, costs, strict=True)
         ]
 
-    def _network(self, context: EvaluationContext) -> Compressible:
+    def network(self, context: EvaluationContext) -> Compressible:
+        """The trained network with what the job does to all its policies; kept from call to call."""
         data = load_for(context.space, context.data)
         digest = self._digest(context)
         key = (digest, self.images, context.files)

@@ -108,6 +108,12 @@ class PolicyChain:
         return measured_costs(self.transform(self.source.build(), variant, ()), self.source.example())
 
 
+def has_policies(space: Space) -> bool:
+    """Whether all that is searched is what is done to one trained network."""
+    parts = list(space.parts.values()) if isinstance(space, Joint) else [space]
+    return all(isinstance(part, PolicySpace) for part in parts)
+
+
 def policies_of(space: Space, needs: str) -> Policies:
     """The policies that a job's space has.
 

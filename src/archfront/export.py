@@ -94,11 +94,11 @@ def _plain(layer: Layer) -> dict[str, Any]:
 def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
     """The module with its best kept weights, and where these came from."""
     from archfront.evaluators.checkpoints import UnreadableCheckpointError, read_model
-    from archfront.spaces.policies.policy_space import PolicySpace
+    from archfront.spaces.policies.policy_chain import has_policies, policies_of
 
     space = space_of(job)
-    if isinstance(space, PolicySpace):  # a policy is applied to weights that were there before the job
-        return space.build(row["genotype"]).eval(), space.source.name
+    if has_policies(space):  # a policy is applied to weights that were there before the job
+        return _compressed_model(job, row, space), policies_of(space, "the export").source.name
     final = [b for b in job.ledger.benchmarks(job.id) if b["number"] == row["evaluation"] and b["kind"] == "training"]
     uris = [str(b["content"]["checkpoint"]) for b in final if b["content"].get("checkpoint")]
     uris += [row["checkpoint"]] if row["checkpoint"] else []
@@ -110,6 +110,23 @@ def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
     raise InputError(
         "CANDIDATE", row["evaluation"], "has no weights any more", "Export it as .json, or keep more with `keep: all`."
     )
+
+
+def _compressed_model(job: Job, row: dict[str, Any], space: Space) -> Any:
+    """The network under a policy, calibrated, recovered and fine-tuned as the job did it: once more, to the same end.
+    What is quantised has its values in float."""
+    from archfront.evaluators.compression.evaluator import Compression
+    from archfront.evaluators.evaluator import EvaluationContext
+    from archfront.search.job import JobSpec
+    from archfront.search.resolve import build_evaluators
+    from archfront.spaces.policies.quantised import bake
+
+    spec = JobSpec.model_validate(job.spec)
+    judges = [one for _, one in build_evaluators(spec) if isinstance(one, Compression)]
+    if not judges or spec.data is None:
+        return space.build(row["genotype"]).eval()
+    network = judges[0].network(EvaluationContext(space=space, data=spec.data))
+    return bake(network.prepared(network.space.variant(row["genotype"]), row["repeat"])).eval()
 
 
 def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tests.support.command_line import command
+from tests.support.small_models import DATA, RESNET, bits, digits
 
 import archfront
+from archfront.evaluators.compression.compressible import Compressible
+from archfront.evaluators.compression.recovery.rounding import Gptq
 from archfront.search.job import JobSpec
 
 ROOT = Path(__file__).parents[2]
@@ -63,3 +67,31 @@ def test_a_winner_is_compressed(
     weights.unlink()
     assert command(monkeypatch, "run", str(file), "--db", db) == 2
     assert "model.weights" in capsys.readouterr().err
+
+
+def test_what_is_exported_was_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = bits("resnet", weights=[3, 8])
+    spec = {
+        "name": "recovered",
+        "space": {"name": "bits", **space.config},
+        "data": DATA,
+        "evaluators": [{"name": "compression", "calibration": 64, "recovery": [{"name": "gptq"}]}],
+        "objectives": [{"metric": "accuracy", "direction": "max"}],
+        "strategy": {"name": "random"},
+        "seeds": [[3] * len(space.columns)],
+        "budget": {"evaluations": 1},
+        "workers": {"executor": "inline"},
+    }
+    db, file = str(tmp_path / "l.db"), tmp_path / "low.safetensors"
+    archfront.run(spec, db=db)
+    for to in (file, tmp_path / "low.pt2"):
+        assert command(monkeypatch, "export", "last", "0", "--to", str(to), "--db", db) == 0
+    data = digits(RESNET)
+    expected = Compressible(space, data, 64, recovery=[Gptq()]).prepared(space.variant([3] * len(space.columns)))
+    stored = load_file(file)
+    assert torch.equal(stored["conv1.weight"], expected.get_submodule("conv1").weight)
+    assert not torch.equal(stored["conv1.weight"], space.build([3] * len(space.columns)).get_submodule("conv1").weight)
+    images = data.normalised(data.part("validation")[0][:7])
+    with torch.no_grad():
+        given = torch.export.load(tmp_path / "low.pt2").module()(images)
+        assert torch.allclose(given, expected(images), atol=1e-4)
