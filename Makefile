@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -57,6 +57,12 @@ bench-latency: venv
 	$(BIN)/python benchmarks/prediction_speed.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/fused_latency.py
+
+# Recipes of compression against uniform and random policies and a search, on four models: hours.
+bench-recipes: venv
+	for model in resnet20 resnet56 vit decoder; do $(BIN)/python benchmarks/recipes.py $$model; done
+	$(BIN)/python benchmarks/five_bits.py
+	$(BIN)/python benchmarks/recipes_report.py
 
 bench-policies: venv
 	$(BIN)/python benchmarks/policy_speed.py

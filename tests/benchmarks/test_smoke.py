@@ -104,3 +104,15 @@ def test_space_searches(tmp_path: Path) -> None:
     volumes = {row["search"]: row["hypervolume"] for row in found["einspace"]}
     assert set(volumes) == {"RE(Mix)", "random", "seeds alone"}
     assert all(0 < volume < 1 for volume in volumes.values())
+
+
+@pytest.mark.slow
+def test_recipes(tmp_path: Path) -> None:
+    png = tmp_path / "decoder.png"
+    found = quick("recipes.py", tmp_path, "decoder", "--draws", "1", "--work", str(tmp_path), "--plot", str(png))
+    policies = {row["policy"] for row in found["rows"]}
+    assert {"uniform", "random", "leave-one-in", "leave-one-in, random score", "search"} <= policies
+    # One more search, begun from what recipes found.
+    assert {"rsq", "search from the recipes"} <= policies
+    assert all(row["recovered"] < 100 for row in found["rows"] if row["policy"] == "rsq")
+    assert png.stat().st_size > 10_000
