@@ -73,23 +73,24 @@ class Study:
 
 _CNN = ("hawq-v3", "augmented-hessians", "mixdq", "brecq", "zeroquant-v2", "leave-one-in", "layer-wise-quantization-zd")
 _ALL = (*_CNN, "layer-wise-quantization")
+_SOME = ("hawq-v3", "mixdq", "zeroquant-v2", "leave-one-in", "layer-wise-quantization-zd")
 _RESNET = {"name": "cifar-resnet", "normalisation": "imagenet"}
 STUDIES = {
     "resnet20": Study(
         {**_RESNET, "depth": 20, "weights": "checkpoints/resnet20-12fca82f.th"},
-        {"name": "cifar10"}, ("conv1", "linear"), 1, 2500, 500, 500, _ALL,
+        {"name": "cifar10"}, ("conv1", "linear"), 1, 2500, 500, 2000, _ALL,
     ),
     "resnet56": Study(
         {**_RESNET, "depth": 56, "weights": "checkpoints/resnet56-4bfd9763.th"},
-        {"name": "cifar10"}, ("conv1", "linear"), 1, 1000, 300, 300, _ALL, (3.5, 4, 5), images=128, tuned_on=15_000,
+        {"name": "cifar10"}, ("conv1", "linear"), 1, 1000, 300, 600, _SOME, (3.5, 4, 5), images=128, tuned_on=15_000,
     ),
     "vit": Study(
-        {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 4000, 1000, 600,
+        {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 4000, 1000, 1500,
         (*_ALL, "lrp-qvit"),
         training=Training(optimizer="adamw", learning_rate=0.002, batch=128, augmentation="shift"),
     ),
     "decoder": Study(
-        {"name": "decoder", "dim": 64}, {"name": "text"}, ("head",), 15, 720, 300, 600, (*_ALL, "rsq"),
+        {"name": "decoder", "dim": 64}, {"name": "text"}, ("head",), 15, 720, 300, 1500, (*_ALL, "rsq"),
         training=Training(optimizer="adamw", learning_rate=0.003, batch=32, augmentation="none", label_smoothing=0.0),
     ),
 }  # fmt: skip
@@ -209,7 +210,14 @@ class Trial:
         }  # fmt: skip
         self.rows.append(row)
         extent = f" ({row['least']:.2f} to {row['most']:.2f})" if len(drops) > 1 else ""
-        print(f"  {average:g} bits, {kind}: {row['drop']:.2f}{extent} {more or ''}", flush=True)
+        after = f", {row['recovered']:.2f} after its recovery" if "recovered" in row else ""
+        print(f"  {average:g} bits, {kind}: {row['drop']:.2f}{extent}{after}", flush=True)
+
+    def keep(self, rows: Sequence[dict[str, Any]], anew: Sequence[str]) -> None:
+        """Go on from the rows of an earlier run, but for the searches and these recipes."""
+        gone = {*anew, *(f"{name}, random score" for name in anew), "search", "search from the recipes"}
+        self.rows = [row for row in rows if row["policy"] not in gone]
+        self.found += [row["genotype"] for row in self.rows if "genotype" in row]
 
     def baselines(self, count: int) -> None:
         rng = np.random.default_rng(0)
@@ -244,12 +252,13 @@ class Trial:
         drawn = [chosen(seed) for seed in range(draws)]
         for i, average in enumerate(self.budgets):
             more = {} if recovered is None else {"recovered": recovered[i]}
-            self.add(name, average, [own[i]], **more)
+            self.add(name, average, [own[i]], **more, genotype=own[i])
             self.add(f"{name}, random score", average, [one[i] for one in drawn])
         print(f"  {name}: {time.perf_counter() - begun:,.0f} s", flush=True)
 
     def search(self, kind: str, seeds: Sequence[Any], evaluations: int) -> None:
-        """NSGA-II over all policies; for each budget the best of the eight best on validation, by more of it."""
+        """NSGA-II over all policies by divergence on validation data; of the eight best for a budget, the one that is
+        most accurate on more of it."""
         unique = [json.loads(text) for text in dict.fromkeys(map(json.dumps, seeds))]
         db = self.work / f"{self.name}-{kind.replace(' ', '-')}.db"
         for old in self.work.glob(f"{db.name}*"):
@@ -258,18 +267,18 @@ class Trial:
             "name": kind, "space": {"name": "bits", **self.space.config}, "data": self.study.data,
             "evaluators": [{"name": "compression", "fidelities": [self.study.validation]}],
             "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "model_mb", "direction": "min"}],
-            "constraints": [f"model_mb <= {1.05 * max(self.budgets.values())}"],
+            "constraints": [
+                f"model_mb <= {1.02 * max(self.budgets.values())}", f"model_mb >= {0.9 * min(self.budgets.values())}"
+            ],
             "strategy": {"name": "nsga2", "population": 50}, "seeds": unique,
             "budget": {"evaluations": evaluations}, "workers": {"executor": "process", "count": 2},
         }  # fmt: skip
         job = archfront.run(spec, db=db)
         for average, budget in self.budgets.items():
-            rows = job.front(
-                objectives=["accuracy", "model_mb"], where=f"model_mb <= {budget * (1 + 1e-9)}"
-            ).to_pandas()
+            rows = job.front(where=f"model_mb <= {budget * (1 + 1e-9)}").to_pandas()
             if not len(rows):
                 continue
-            best = rows.nlargest(8, "accuracy")["genotype"].tolist()
+            best = rows.nsmallest(8, "divergence")["genotype"].tolist()
             judged = self.network.judged("validation", [self.space.variant(g) for g in best], 4 * self.study.validation)
             chosen = best[int(np.argmax([one.accuracy for one in judged]))]
             self.add(kind, average, [chosen])
@@ -281,6 +290,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
     parser.add_argument("--draws", type=int, default=2, help="random scores for each recipe and budget")
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for weights and searches")
+    parser.add_argument("--recipes", nargs="+", help="these alone, and the searches: other rows stay as they were")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -295,8 +305,12 @@ def main() -> None:
     begun = time.perf_counter()
     trial = Trial(options.model, study, options.work, options.quick)
     print(f"{options.model}: {trial.accuracies}", flush=True)
-    trial.baselines(6)
-    for name in study.recipes:
+    path = options.json or Path(__file__).with_name(f"recipes_{options.model}.json")
+    if options.recipes and path.exists():
+        trial.keep(json.loads(path.read_text())["rows"], options.recipes)
+    else:
+        trial.baselines(6)
+    for name in options.recipes or study.recipes:
         trial.recipe(name, options.draws)
     trial.search("search", [], study.evaluations)
     trial.search("search from the recipes", trial.found, study.evaluations)
@@ -315,7 +329,6 @@ def main() -> None:
     ]
     columns = ["policy", "bits", "MiB", "points lost", "least", "most", "std", "recovered"]
     show(f"{options.model}, {study.test:,} test samples", columns, table)
-    path = options.json or Path(__file__).with_name(f"recipes_{options.model}.json")
     content = {
         "accuracy": trial.accuracies,
         "test": study.test,

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from archfront.evaluators.compression.fine_tuning import FineTuning
 from archfront.evaluators.compression.quantised_layers import QuantisedLayers
@@ -31,12 +32,20 @@ Tune = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Judged:
-    """Of one policy over some samples: percent right, and how many points below the network itself."""
+    """Of one policy over some samples.
+
+    Attributes:
+        accuracy: percent right.
+        drop: points below the network itself.
+        divergence: mean Kullback-Leibler divergence of the class probabilities from the network's own, in nat.
+    """
 
     accuracy: float
     accuracy_std: float
     drop: float
     drop_std: float
+    divergence: float
+    divergence_std: float
 
 
 class Compressible:
@@ -71,7 +80,7 @@ class Compressible:
         self._reference = reference
         self.model = space.source.build()
         self._calibration, self._calibration_labels = self.inputs("train", calibration)
-        self._right: dict[tuple[SplitName, int | None, int], Tensor] = {}
+        self._own_logits: dict[tuple[SplitName, int | None, int], Tensor] = {}
         self._plain: OrderedDict[str, nn.Module] = OrderedDict()
         self._prepared: tuple[str, nn.Module] | None = None
 
@@ -147,18 +156,23 @@ class Compressible:
             packed: with true low-bit weights, each network on its own.
         """
         batches, labels = self.inputs(part, count)
-        own = self._own(part, count, seed, batches, labels)
+        own = self._own(part, count, seed, batches)
         if packed or not self.shares:
             models = (self.prepared(policy, seed, packed=packed) for policy in policies)
-            return [_judged(own, _all_right(model, batches, labels)) for model in models]
+            return [
+                _judged(labels, own, _right(found, labels), _divergence(found, own))
+                for found in (_all_logits(model, batches) for model in models)
+            ]
         right = torch.zeros(len(policies), *labels.shape, dtype=torch.bool)
+        divergence = torch.zeros(len(policies), *labels.shape)
         start = 0
         for batch in batches:
-            wanted = labels[start : start + len(batch)]
-            for row, logits in enumerate(self.outputs(batch, policies)):
-                right[row, start : start + len(batch)] = _right(logits, wanted)
+            these = slice(start, start + len(batch))
             start += len(batch)
-        return [_judged(own, row) for row in right]
+            for row, logits in enumerate(self.outputs(batch, policies)):
+                right[row, these] = _right(logits, labels[these])
+                divergence[row, these] = _divergence(logits, own[these])
+        return [_judged(labels, own, *found) for found in zip(right, divergence, strict=True)]
 
     def reference(self, seed: int = 0) -> nn.Module:
         """The network that drops are measured from: itself, fine-tuned as the compressed ones are."""
@@ -171,11 +185,11 @@ class Compressible:
 
         return self._reference(seed, copy.deepcopy(self.model), tune)
 
-    def _own(self, part: SplitName, count: int | None, seed: int, batches: list[Tensor], labels: Tensor) -> Tensor:
-        """Which samples the reference has right."""
-        if (part, count, seed) not in self._right:
-            self._right[part, count, seed] = _all_right(self.reference(seed), batches, labels)
-        return self._right[part, count, seed]
+    def _own(self, part: SplitName, count: int | None, seed: int, batches: list[Tensor]) -> Tensor:
+        """Logits of the reference."""
+        if (part, count, seed) not in self._own_logits:
+            self._own_logits[part, count, seed] = _all_logits(self.reference(seed), batches)
+        return self._own_logits[part, count, seed]
 
     @cached_property
     def _shared(self) -> SharedPrefixes:
@@ -198,9 +212,9 @@ def _key(policy: Variant) -> str:
     return repr(sorted(policy.items()))
 
 
-def _all_right(model: nn.Module, batches: Sequence[Tensor], labels: Tensor) -> Tensor:
+def _all_logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
-        return _right(torch.cat([model(batch) for batch in batches]), labels)
+        return torch.cat([model(batch) for batch in batches])
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -208,18 +222,26 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels) & torch.isfinite(logits).all(-1)
 
 
-def _judged(own: Tensor, right: Tensor) -> Judged:
+def _divergence(logits: Tensor, own: Tensor) -> Tensor:
+    """Of each label's class probabilities from the network's own."""
+    wanted = functional.log_softmax(own, -1)
+    return functional.kl_div(functional.log_softmax(logits, -1), wanted, reduction="none", log_target=True).sum(-1)
+
+
+def _judged(labels: Tensor, own: Tensor, right: Tensor, divergence: Tensor) -> Judged:
     """Of ``(n,)`` samples, or of ``(n, places)``: places of one sample are not independent, and count together."""
-    before, after = (x.double().reshape(len(x), -1).mean(1) for x in (own, right))
-    count = len(after)
+    before, after, moved = (x.double().reshape(len(x), -1).mean(1) for x in (_right(own, labels), right, divergence))
+    root = math.sqrt(len(after))
     share = float(after.mean())
     # Of single labels the deviation is known; that of a sample's share is observed.
     deviation = math.sqrt(share * (1 - share)) if right.dim() == 1 else _spread(after)
     return Judged(
         accuracy=100 * share,
-        accuracy_std=100 * deviation / math.sqrt(count),
+        accuracy_std=100 * deviation / root,
         drop=100 * float((before - after).mean()),
-        drop_std=100 * _spread(before - after) / math.sqrt(count),
+        drop_std=100 * _spread(before - after) / root,
+        divergence=float(moved.mean()),
+        divergence_std=_spread(moved) / root,
     )
 
 

@@ -38,8 +38,9 @@ class Compression(Evaluator):
     """Accuracy of a trained network under compression policies, and how far it is below the network's own.
 
     ``accuracy_drop`` is in points, over the same samples, with the standard deviation of the paired difference; where
-    there is fine-tuning, the network itself gets the same before. Calibration sees the training part alone; the test
-    part is looked at for final tasks alone, whose networks have true low-bit weights.
+    there is fine-tuning, the network itself gets the same before. ``divergence`` is that of the class probabilities
+    from the network's own: of few samples it tells policies apart that accuracy does not. Calibration sees the training
+    part alone; the test part is looked at for final tasks alone, whose networks have true low-bit weights.
 
     Args:
         fidelities: samples of the validation part that a policy is judged by, rising; all by default.
@@ -85,6 +86,7 @@ class Compression(Evaluator):
         return (
             MetricSpec(name="accuracy", unit="%", direction="max", has_std=True),
             MetricSpec(name="accuracy_drop", unit="points", direction="min", has_std=True),
+            MetricSpec(name="divergence", unit="nat", direction="min", has_std=True),
             *_COSTS,
         )
 
@@ -208,4 +210,5 @@ def _metrics(prefix: str, judged: Judged) -> dict[str, Metric]:
     return {
         f"{prefix}accuracy": Metric(judged.accuracy, "measured", judged.accuracy_std),
         f"{prefix}accuracy_drop": Metric(judged.drop, "measured", judged.drop_std),
+        f"{prefix}divergence": Metric(judged.divergence, "measured", judged.divergence_std),
     }

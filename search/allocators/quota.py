@@ -12,11 +12,12 @@ from archfront.search.allocators.tables import Tables
 
 
 class QuotaSort(Allocator):
-    """Site after site, the most sensitive first, takes the least damaging choice that the budgets still allow.
+    """All sites begin at their lowest choice. Site after site, the most sensitive first, rises by one, as far as the
+    budgets allow; then all again, until none can.
 
-    Sensitivity is the damage that the highest choice of a site saves over its lowest one. Sites that follow are at
-    their lowest meanwhile, so with two choices of equal costs everywhere this is the top k of the sites. Among equally
-    sensitive sites the earlier one comes first.
+    With two choices of equal costs everywhere this is the top k of the sites; with more, it is the top k between two
+    neighbouring ones, not the extremes. Sensitivity is the damage that the highest choice of a site saves over its
+    lowest one; among equally sensitive sites the earlier one comes first.
     """
 
     name = "quota"
@@ -26,13 +27,25 @@ class QuotaSort(Allocator):
         choices = lowered(tables, tables.bottom())
         rows = np.arange(len(tables))
         sensitivity = tables.damage[rows, choices] - tables.damage[rows, tables.top()]
-        for group in np.argsort(-sensitivity, kind="stable"):
-            for choice in np.lexsort((tables.pressure[group], tables.damage[group])):
-                if tables.damage[group, choice] >= tables.damage[group, choices[group]]:
-                    break
+        order = np.argsort(-sensitivity, kind="stable").tolist()
+        # What is above each site's choice, from below.
+        above = [
+            [
+                c
+                for c in reversed(tables.ladder(group))
+                if tables.damage[group, c] < tables.damage[group, choices[group]]
+            ]
+            for group in range(len(tables))
+        ]
+        risen = True
+        while risen:
+            risen = False
+            for group in order:
+                if not above[group]:
+                    continue
                 changed = choices.copy()
-                changed[group] = choice
+                changed[group] = above[group][0]
                 if tables.fits(changed):
-                    choices = changed
-                    break
+                    choices, risen = changed, True
+                    del above[group][0]
         return with_bound(tables, choices.tolist())
