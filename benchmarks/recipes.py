@@ -266,7 +266,7 @@ class Trial:
         spec = {
             "name": kind, "space": {"name": "bits", **self.space.config}, "data": self.study.data,
             "evaluators": [{"name": "compression", "fidelities": [self.study.validation]}],
-            "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": "model_mb", "direction": "min"}],
+            "objectives": [{"metric": "divergence", "direction": "min"}, {"metric": "model_mb", "direction": "min"}],
             "constraints": [
                 f"model_mb <= {1.02 * max(self.budgets.values())}", f"model_mb >= {0.9 * min(self.budgets.values())}"
             ],
