@@ -268,7 +268,7 @@ class Trial:
             "evaluators": [{"name": "compression", "fidelities": [self.study.validation]}],
             "objectives": [{"metric": "divergence", "direction": "min"}, {"metric": "model_mb", "direction": "min"}],
             "constraints": [
-                f"model_mb <= {1.02 * max(self.budgets.values())}", f"model_mb >= {0.9 * min(self.budgets.values())}"
+                f"model_mb <= {1.05 * max(self.budgets.values())}", f"model_mb >= {0.8 * min(self.budgets.values())}"
             ],
             "strategy": {"name": "nsga2", "population": 50}, "seeds": unique,
             "budget": {"evaluations": evaluations}, "workers": {"executor": "process", "count": 2},
@@ -298,7 +298,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     study = STUDIES[options.model]
     if options.quick:
-        few = {"test": 60, "validation": 30, "evaluations": 20, "averages": (4,), "steps": 5, "images": 16}
+        few = {"test": 60, "validation": 30, "evaluations": 60, "averages": (4,), "steps": 5, "images": 16}
         study = replace(study, **few, recipes=("leave-one-in", study.recipes[-1]))
     options.work.mkdir(parents=True, exist_ok=True)
     facts = machine()

@@ -222,7 +222,7 @@ def load_for(space: Space, config: Mapping[str, Any] | None) -> DataSet:
         InputError: the job names no data, the space is not one of image classifiers, or the classes differ.
     """
     if config is None:
-        raise InputError("data", None, "is missing, which training needs", "Give one, e.g. {name: digits}.")
+        raise InputError("data", None, "is missing, which this job needs", "Give one, e.g. {name: digits}.")
     if not isinstance(space, ImageSpace):
         problem = "has no image classifiers to train"
         raise InputError("space.name", space.name, problem, "Choose another space, or leave out the training.")

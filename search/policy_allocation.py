@@ -12,8 +12,8 @@ from archfront.spaces.policies.policy_space import Policies
 from archfront.spaces.policies.site import tied_groups
 from archfront.spaces.space import Genotype
 
-_TIGHTENED = 20
-"""Times that a budget is tightened because costs add up to more than their sum says."""
+_HALVED = 10
+"""Steps of bisection where costs add up to more than their sum says."""
 
 
 def policy_problem(space: Policies, damage: Sequence[Vector], budgets: Mapping[str, float]) -> Problem:
@@ -48,7 +48,7 @@ def allocate(
     """The genotype that an allocator chooses.
 
     Where costs are no exact sums over sites (two decisions that meet in one layer), the policy's true costs are held
-    against the budgets, and the allocator is given as much less as they were exceeded by, again and again.
+    against the budgets; where they exceed them, bisection finds how much less the allocator has to be given.
 
     Args:
         evaluate: quality of a policy given as the index of each site's choice, for allocators that look at it.
@@ -57,21 +57,38 @@ def allocate(
         InputError: see ``policy_problem``; the budget is below what the lowest bits cost, which the message names.
     """
     problem = policy_problem(space, damage, budgets)
-    for _ in range(_TIGHTENED):
-        genotype, found = _once(space, problem, allocator, evaluate)
-        true = {
-            name: float(v[0]) for name, v in space.cost_table(space.from_json([genotype])).items() if name in budgets
-        }
-        over = {name: true[name] - budget for name, budget in budgets.items()}
-        if all(excess <= TOLERANCE * max(abs(budgets[name]), 1.0) for name, excess in over.items()):
-            return genotype, replace(found, costs=true)
-        tightened = {name: problem.budgets[name] - max(excess, 0.0) for name, excess in over.items()}
-        if any(tightened[name] < problem.floor(name) for name in tightened):
-            break
-        problem = replace(problem, budgets=tightened)
-    name = max(over, key=lambda one: over[one] / max(abs(budgets[one]), 1e-12))
-    remedy = f"Give {rounded_up(true[name])} or more, or lower choices."
-    raise InputError(f"budget.{name}", budgets[name], f"is exceeded by the smallest policy found, {true[name]}", remedy)
+    floors = {name: problem.floor(name) for name in budgets}
+
+    def given(share: float) -> tuple[Genotype, Allocation]:
+        """What this share of the budgets, from the floors of the sums on, gives; with its true costs."""
+        limits = {name: floors[name] + share * (budget - floors[name]) for name, budget in budgets.items()}
+        genotype, found = _once(space, replace(problem, budgets=limits), allocator, evaluate)
+        table = space.cost_table(space.from_json([genotype]))
+        return genotype, replace(found, costs={name: float(table[name][0]) for name in budgets})
+
+    best = given(1.0)
+    if _fits(best[1], budgets):
+        return best
+    best = given(0.0)
+    if not _fits(best[1], budgets):
+        name = max(budgets, key=lambda one: best[1].costs[one] / max(abs(budgets[one]), 1e-12))
+        least = rounded_up(best[1].costs[name])
+        problem_text = f"is below {least}, which the smallest policy costs"
+        raise InputError(f"budget.{name}", budgets[name], problem_text, f"Give {least} or more, or lower choices.")
+    low, high = 0.0, 1.0
+    for _ in range(_HALVED):
+        middle = (low + high) / 2
+        found = given(middle)
+        if _fits(found[1], budgets):
+            low = middle
+            best = min(best, found, key=lambda one: one[1].damage)
+        else:
+            high = middle
+    return best
+
+
+def _fits(found: Allocation, budgets: Mapping[str, float]) -> bool:
+    return all(found.costs[name] - b <= TOLERANCE * max(abs(b), 1.0) for name, b in budgets.items())
 
 
 def _once(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from archfront.errors import InputError
 from archfront.evaluators import checkpoints
 from archfront.evaluators.compression.compressible import Compressible, Judged
 from archfront.evaluators.compression.fine_tuning import FineTuning
+from archfront.evaluators.compression.recovery.recovery import Recovery
 from archfront.evaluators.compression.recovery.registry import RECOVERIES
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, MetricSpec, Task
 from archfront.evaluators.training import load_for
@@ -75,8 +78,7 @@ class Compression(Evaluator):
         self.fidelities = fidelities
         self.calibration, self.images = calibration, images
         self.recovery = recovery or []
-        for i in range(len(self.recovery)):
-            self._step(i)
+        _check_order([self._step(i) for i in range(len(self.recovery))])
         self.fine_tuning = fine_tuning
         # What makes a network of its own for each policy shares nothing.
         self.batch_size = together if not self.recovery and fine_tuning is None else 1
@@ -102,10 +104,25 @@ class Compression(Evaluator):
                 raise InputError(f"evaluators.compression.{field}", wanted, problem, "Lower it.")
         if self.fine_tuning is not None:
             self.fine_tuning.part(data)
-        policies.source.build()
+        # The strongest policy meets what can go wrong.
+        strongest = policies.variant(policies.genotype({site.id: site.domain[0] for site in policies.sites}))
+        try:
+            student = policies.transform(policies.source.build(), strongest, ()).eval()
+            with torch.no_grad():
+                student(policies.source.example())
+        except InputError:
+            raise
+        except Exception as error:
+            problem = f"makes a network that fails ({type(error).__name__}: {error})"
+            raise InputError("space", policies.genotype({}), problem, "Change the order of its parts.") from error
+        for step in (self._step(i) for i in range(len(self.recovery))):
+            step.check(student)
 
     def prepare_key(self, context: EvaluationContext) -> str | None:
-        return None if self.fine_tuning is None or context.files is None else self._digest(context)
+        if self.fine_tuning is None or context.files is None:
+            return None
+        # Each job keeps its checkpoints in a folder of its own.
+        return hashlib.blake2b(f"{self._digest(context)} {context.files}".encode(), digest_size=16).hexdigest()
 
     def prepare(self, context: EvaluationContext) -> dict[str, Any]:
         """The network itself, fine-tuned once for all workers, as a checkpoint."""
@@ -176,7 +193,7 @@ class Compression(Evaluator):
         _networks.move_to_end(key)
         return _networks[key]
 
-    def _step(self, i: int) -> Any:
+    def _step(self, i: int) -> Recovery:
         return RECOVERIES.build(self.recovery[i], f"evaluators.compression.recovery.{i}")
 
     def _digest(self, context: EvaluationContext) -> str:
@@ -200,6 +217,21 @@ def _tuned(files: str | None, name: str, network: nn.Module, tune: Callable[[nn.
         tune(network)
     checkpoints.write(uri, {key: t.contiguous() for key, t in network.state_dict().items()}, {"name": name})
     return network
+
+
+def _check_order(steps: Sequence[Recovery]) -> None:
+    """Refuse steps that undo what a step before them did.
+
+    Raises:
+        InputError: names the step.
+    """
+    for i, (before, step) in enumerate(itertools.pairwise(steps), start=1):
+        if step.stage < before.stage or step.stage == before.stage == 1:
+            problem = f"cannot come behind {before.name!r}, whose work it would undo"
+            raise InputError(f"evaluators.compression.recovery.{i}", step.name, problem, "Change their order.")
+        if (before.name, step.name) == ("adaround", "low-rank"):
+            problem = "would take back what 'adaround' learned: it corrects weights, not outputs"
+            raise InputError(f"evaluators.compression.recovery.{i}", step.name, problem, "Leave one of them out.")
 
 
 def _kind(task: Task) -> tuple[bool, int, int]:

@@ -33,7 +33,7 @@ class BitCosts:
         weight_columns, input_columns: for each layer the column that sets its bits, or -1.
         weight_bits, input_bits: for each layer its bits for each choice of that column, or its fixed ones.
         sizes: for each layer its stored bytes for each of its ``weight_bits``.
-        other_bytes: of everything else.
+        other_bytes, other_gbops: of everything else.
     """
 
     weight_columns: tuple[int, ...]
@@ -45,6 +45,7 @@ class BitCosts:
     params: tuple[int, ...]
     macs: tuple[int, ...]
     other_bytes: float
+    other_gbops: float
 
     @classmethod
     def of(cls, space: Bits) -> BitCosts:
@@ -79,6 +80,7 @@ class BitCosts:
             params=tuple(layer.params for layer in space.layers.found),
             macs=tuple(layer.macs for layer in space.layers.found),
             other_bytes=float(space.layers.other_bytes),
+            other_gbops=space.layers.other_macs * FLOAT * FLOAT / 1e9,
         )
 
     def by_layer(self) -> dict[str, dict[str, Vector]]:
@@ -97,7 +99,7 @@ class BitCosts:
     def __call__(self, population: Population) -> dict[str, Vector]:
         """``NAMES`` -> ``(n,)``."""
         count = len(population)
-        size, model_mb, gbops = np.full(count, self.other_bytes), np.zeros(count), np.zeros(count)
+        size, model_mb, gbops = np.full(count, self.other_bytes), np.zeros(count), np.full(count, self.other_gbops)
         for i, (column, reads) in enumerate(zip(self.weight_columns, self.input_columns, strict=True)):
             chosen = population[:, column] if column >= 0 else np.zeros(count, dtype=np.int64)
             read = population[:, reads] if reads >= 0 else np.zeros(count, dtype=np.int64)

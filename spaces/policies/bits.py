@@ -146,11 +146,15 @@ class Bits(PolicySpace):
         return {layer.path: LayerBits() for layer in self.layers.found}
 
     def alone(self, site: Site, choice: Choice) -> dict[str, LayerBits]:
-        """One layer's weights or inputs at some bits, and all else float."""
+        """One layer's weights, with its inputs if these follow, or its inputs at some bits, and all else float."""
         from archfront.spaces.policies.quantised import LayerBits
 
         bits = int(choice)
-        mine = LayerBits(weights=bits) if site.kind == "weight-bits" else LayerBits(activations=bits)
+        follow = self.activations == "follow"
+        mine = LayerBits(
+            weights=bits if site.kind == "weight-bits" else FLOAT,
+            activations=bits if follow or site.kind != "weight-bits" else FLOAT,
+        )
         return {**self.untouched(), site.module: mine}
 
     def transform(self, model: nn.Module, variant: Variant, inputs: Sequence[Tensor]) -> nn.Module:
@@ -158,6 +162,13 @@ class Bits(PolicySpace):
         each batch."""
         from archfront.spaces.policies.quantised import quantise
 
+        # Other policies may have taken layers out.
+        there = {path for path, _ in model.named_modules()}
+        variant = {
+            path: bits
+            for path, bits in variant.items()
+            if path in there and hasattr(model.get_submodule(path), "weight")
+        }
         widths = {path: [bits.activations] for path, bits in variant.items() if bits.activations != FLOAT}
         ranges = self.calibrated(model, widths, inputs) if inputs and widths else None
         return quantise(model, variant, self.quantiser, ranges)
@@ -205,7 +216,9 @@ class Bits(PolicySpace):
                     costs[name][site] += each[name]
         if "size_bytes" in names:
             fixed["size_bytes"] += self.bit_costs.other_bytes
-        for name, count in (("params", self.layers.params), ("macs", sum(layer.macs for layer in self.layers.found))):
+        if "gbops" in names:
+            fixed["gbops"] += self.bit_costs.other_gbops
+        for name, count in (("params", self.layers.params), ("macs", self.layers.macs)):
             if name in names:
                 fixed[name] = float(count)
         return costs, fixed
@@ -222,7 +235,7 @@ class Bits(PolicySpace):
 
     def costs(self, population: Population) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Parameters and multiply-adds for one image, which bits do not change: ``(n,)`` each."""
-        macs = sum(layer.macs for layer in self.layers.found)
+        macs = self.layers.macs
         shape = len(population)
         return np.full(shape, self.layers.params, dtype=np.int64), np.full(shape, macs, dtype=np.int64)
 

@@ -54,12 +54,19 @@ class Layers:
         left_alone: paths of modules with weights that cannot, and why.
         params: elements of all parameters of the model.
         other_bytes: of all parameters and buffers but the weights of these layers.
+        other_macs: of linear and convolutional layers that are left alone.
     """
 
     found: tuple[LayerFacts, ...]
     left_alone: dict[str, str]
     params: int
     other_bytes: int
+    other_macs: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Of all linear and convolutional layers."""
+        return sum(layer.macs for layer in self.found) + self.other_macs
 
 
 def find_layers(model: nn.Module, example: Tensor) -> Layers:
@@ -127,7 +134,9 @@ def find_layers(model: nn.Module, example: Tensor) -> Layers:
     kept = [b for b in model.buffers() if b.is_floating_point() and id(b) not in ours]
     tensors = [*model.parameters(), *kept]
     all_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    return Layers(tuple(found), left_alone, sum(p.numel() for p in model.parameters()), all_bytes - inside)
+    other_macs = sum(macs for path, calls in seen.items() if path in left_alone for _, macs in calls)
+    params = sum(p.numel() for p in model.parameters())
+    return Layers(tuple(found), left_alone, params, all_bytes - inside, other_macs)
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:

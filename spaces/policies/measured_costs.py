@@ -24,7 +24,7 @@ def measured_costs(model: nn.Module, example: Tensor) -> dict[str, float]:
         InputError: the network fails on the example.
     """
     layers = find_layers(model, example)
-    size, model_mb, gbops = float(layers.other_bytes), 0.0, 0.0
+    size, model_mb, gbops = float(layers.other_bytes), 0.0, layers.other_macs * FLOAT * FLOAT / 1e9
     for facts in layers.found:
         layer = model.get_submodule(facts.path)
         quantiser = weight_quantiser(layer)
@@ -33,7 +33,5 @@ def measured_costs(model: nn.Module, example: Tensor) -> dict[str, float]:
         size += correction_of(layer)
         model_mb += facts.params * bits / 8 / MEBI
         gbops += facts.macs * bits * input_bits(layer) / 1e9
-    macs = sum(facts.macs for facts in layers.found)
-    return {
-        "params": float(layers.params), "macs": float(macs), "size_bytes": size, "model_mb": model_mb, "gbops": gbops,
-    }  # fmt: skip
+    counts = {"params": float(layers.params), "macs": float(layers.macs)}
+    return {**counts, "size_bytes": size, "model_mb": model_mb, "gbops": gbops}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from archfront.errors import InputError
 from archfront.spaces.policies.quantiser import FLOAT, ActivationQuantiser, Quantiser
 
 
@@ -70,9 +71,15 @@ def quantise(
         quantiser: of weights, for a number of bits.
         activations: module that quantises the input of a path at a number of bits, from calibration; by default
             the range is each batch's own.
+
+    Raises:
+        InputError: a layer that has quantised weights or inputs already would get others.
     """
     for path, mine in bits.items():
         layer = model.get_submodule(path)
+        twice = mine.weights != FLOAT and _holder(layer) is not None
+        if twice or (mine.activations != FLOAT and hasattr(layer, "input_quantiser")):
+            raise InputError("policy", path, "is quantised already", "Let one part decide about a layer's bits.")
         if mine.weights != FLOAT:
             parametrize.register_parametrization(layer, "weight", QuantisedWeight(quantiser(mine.weights)))
         if mine.activations != FLOAT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,8 @@ def _compressed_model(job: Job, row: dict[str, Any], space: Space) -> Any:
     if not judges or spec.data is None:
         return space.build(row["genotype"]).eval()
     network = judges[0].network(EvaluationContext(space=space, data=spec.data))
-    return bake(network.prepared(network.space.variant(row["genotype"]), row["repeat"])).eval()
+    made = network.prepared(network.space.variant(row["genotype"]), row["repeat"])
+    return bake(copy.deepcopy(made)).eval()
 
 
 def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:
@@ -134,16 +136,22 @@ def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:
 
     model, uri = _trained_model(job, row)
     metadata = {"space": json.dumps(job.spec["space"]), "genotype": json.dumps(row["genotype"]), "from": uri}
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, to, metadata)
+    # Copies: tensors that two layers share are stored twice.
+    save_file({name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}, to, metadata)
     return "weights"
 
 
 def _write_program(job: Job, row: dict[str, Any], to: Path) -> str:
     import torch
 
+    from archfront.spaces.policies.policy_chain import has_policies, policies_of
+
     model, _ = _trained_model(job, row)
     space: Any = space_of(job)
-    example = torch.zeros(2, space.in_channels, space.resolution, space.resolution)
+    if has_policies(space):
+        example = policies_of(space, "the export").source.example(2)
+    else:
+        example = torch.zeros(2, space.in_channels, space.resolution, space.resolution)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, to)

@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from archfront.errors import InputError
 from archfront.evaluators.compression.recovery.recovery import Case, Recovery
 
+_BATCH = 256
+"""Samples whose statistics are averaged."""
+
 
 class BatchNorm(Recovery):
     """Batch normalisations get the statistics of what reaches them now; see ``reestimate_batch_norm``."""
 
     name: ClassVar[str] = "batch-norm"
+    stage = 3
 
     def recover(self, case: Case) -> None:
-        reestimate_batch_norm(case.student, case.batches)
+        # Batches count alike, so they are made alike, however many samples pass at once elsewhere.
+        samples = torch.cat(list(case.batches))
+        reestimate_batch_norm(case.student, torch.chunk(samples, -(-len(samples) // _BATCH)))
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:

@@ -35,6 +35,7 @@ class LayerNormFolding(Recovery):
     """
 
     name: ClassVar[str] = "layer-norm-folding"
+    stage = 0
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class LowRank(Recovery):
     """
 
     name: ClassVar[str] = "low-rank"
+    stage = 2
 
     def __init__(self, *, rank: Annotated[int, Field(ge=1)] = 8, bits: Literal[4, 8, 16] = 8) -> None:
         self.rank, self.bits = rank, bits

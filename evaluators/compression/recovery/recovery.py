@@ -36,6 +36,17 @@ class Recovery(ABC):
 
     name: ClassVar[str]
 
+    stage: ClassVar[int]
+    """Steps of a list rise in stage: 0 for what changes float weights, 1 for what chooses codes, 2 for what corrects
+    them, 3 for what adapts to the result."""
+
+    def check(self, student: nn.Module) -> None:
+        """Called when a job is validated, with a compressed network.
+
+        Raises:
+            InputError: it cannot serve such a network.
+        """
+
     @abstractmethod
     def recover(self, case: Case) -> None:
         """Mend the student, in place. A student that nothing was done to is left to the bit."""

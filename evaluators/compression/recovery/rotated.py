@@ -37,11 +37,20 @@ class Rsq(Recovery):
     """
 
     name: ClassVar[str] = "rsq"
+    stage = 1
 
     def __init__(
         self, *, rotate: bool = True, importance: bool = True, damping: Annotated[float, Field(ge=0)] = 0.01
     ) -> None:
         self.rotate, self.importance, self.damping = rotate, importance, damping
+
+    def check(self, student: nn.Module) -> None:
+        for path, module in student.named_modules():
+            if input_bits(module) != FLOAT:
+                problem = f"finds {path} with quantised inputs, whose ranges are not those of a rotated stream"
+                raise InputError("recovery", self.name, problem, "Set activations to float.")
+        if any(True for _ in quantised_layers(student)):
+            residual_stream(student)
 
     def recover(self, case: Case) -> None:
         """See the base.
@@ -51,10 +60,7 @@ class Rsq(Recovery):
                 has rounded.
         """
         layers = list(quantised_layers(case.student))
-        for path, module in case.student.named_modules():
-            if input_bits(module) != FLOAT:
-                problem = f"finds {path} with quantised inputs, whose ranges are not those of a rotated stream"
-                raise InputError("recovery", self.name, problem, "Set activations to float.")
+        self.check(case.student)
         if not layers:
             return
         check_no_codes(case.student, self.name)

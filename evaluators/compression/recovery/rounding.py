@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from archfront.errors import InputError
 from archfront.evaluators.compression.recovery.adaround import reconstruct
 from archfront.evaluators.compression.recovery.gptq import gptq, hessian_of, layer_inputs
 from archfront.evaluators.compression.recovery.recovery import Case, Recovery, inputs_of
@@ -26,6 +27,7 @@ class Gptq(Recovery):
     """
 
     name: ClassVar[str] = "gptq"
+    stage = 1
 
     def __init__(self, *, damping: Annotated[float, Field(ge=0)] = 0.01) -> None:
         self.damping = damping
@@ -58,6 +60,7 @@ class AdaRound(Recovery):
     """
 
     name: ClassVar[str] = "adaround"
+    stage = 1
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class AdaRound(Recovery):
             block = block_of(case.student, path) if self.of == "blocks" else path
             units.setdefault(block, []).append(path)
         for unit, paths in units.items():
+            _check_alike(case, unit, paths)
             inner = {path: path.removeprefix(unit).removeprefix(".") for path in paths}
             soft = with_float_weights(copy.deepcopy(case.student.get_submodule(unit)))
             found = reconstruct(
@@ -98,3 +102,16 @@ class AdaRound(Recovery):
                 weight = soft.get_submodule(inner[path]).weight
                 assert isinstance(weight, Tensor)
                 holders[path].fixed = weight.detach().clone()
+
+
+def _check_alike(case: Case, unit: str, paths: list[str]) -> None:
+    """Refuse a block whose outputs another policy has changed in shape.
+
+    Raises:
+        InputError: names the block.
+    """
+    weights = [float_weight(model.get_submodule(paths[-1])) for model in (case.teacher, case.student)]
+    shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+    if unit in paths and shapes[0] != shapes[1]:
+        problem = f"has weights of {shapes[1]} where the network itself has {shapes[0]}"
+        raise InputError("recovery.adaround", unit, problem, "Set of: blocks, or leave adaround out.")

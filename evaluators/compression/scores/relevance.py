@@ -113,6 +113,9 @@ def propagate(
     Raises:
         InputError: the network computes something for which there is no rule (names the module), or not logits.
     """
+    if not images.is_floating_point():
+        problem = "reads tokens, of which no relevance is known"
+        raise InputError("score.relevance", type(model).__name__, problem, "Choose the score 'distortion'.")
     network = copy.deepcopy(model).eval().requires_grad_(False)
     own = network(images)
     images = images.detach().clone().requires_grad_()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.small_models import DATA, RESNET, VIT, bits, digits, trained
+from torch import nn
 
 import archfront
 from archfront.errors import InputError
@@ -116,11 +117,13 @@ def test_budgets_hold_where_costs_multiply() -> None:
     cheapest = {site.id: site.domain[0] for site in chain.sites}
     table = [chain.cost_table(chain.from_json([chain.genotype(p)])) for p in ({}, cheapest)]
     whole, least = (float(t["model_mb"][0]) for t in table)
-    limit = least + 0.5 * (whole - least)
-    genotype, found = allocate(chain, damage, {"model_mb": limit}, Milp())
-    true = float(chain.cost_table(chain.from_json([genotype]))["model_mb"][0])
-    assert found.costs["model_mb"] == true <= limit
-    assert true > 0.5 * limit
+    for limit in (least, 1.05 * least, 2 * least, least + 0.5 * (whole - least)):
+        genotype, found = allocate(chain, damage, {"model_mb": limit}, Milp())
+        true = float(chain.cost_table(chain.from_json([genotype]))["model_mb"][0])
+        assert found.costs["model_mb"] == pytest.approx(true)
+        assert 0.5 * limit < true <= limit * (1 + 1e-9)
+    with pytest.raises(InputError, match=r"budget\.model_mb.*the smallest policy"):
+        allocate(chain, damage, {"model_mb": 0.99 * least}, Milp())
 
 
 def test_policies_join_in_the_order_of_the_parts() -> None:
@@ -153,6 +156,41 @@ def test_policies_of_different_models_do_not_go_together() -> None:
     parts["two"] = {"name": "fbnet-tiny"}
     with pytest.raises(InputError, match=r"space\.parts\.two\.name.*is no space of policies"):
         policies_of(Joint(parts=parts), "the test")
+
+
+def test_layers_that_another_policy_took_out_are_left_out(tmp_path: Path) -> None:
+    """The policy of the documentation, before bits; behind them it cannot be applied, which is said beforehand."""
+    load_plugins(read_plugins([PLUGIN.parents[2] / "examples" / "my_policy.py"]))
+    model = {"name": "cifar-resnet", "depth": 14}
+    skip, low = {"name": "skipped-blocks", "model": model}, {"name": "bits", "model": model}
+    space = Joint(parts={"skip": skip, "bits": low})
+    chain = policies_of(space, "the test")
+    cheapest = chain.genotype({site.id: site.domain[0] for site in chain.sites})
+    [row] = metrics(space, [cheapest], calibration=16, images=64)
+    assert row["macs"] < 0.5 * float(chain.cost_table(chain.from_json([chain.genotype({})]))["macs"][0])
+    pruned = {"name": "pruned-channels", "model": model}
+    backwards = Joint(parts={"bits": low, "prune": pruned})
+    with pytest.raises(InputError, match=r"makes a network that fails.*order"):
+        Compression(calibration=16).check(EvaluationContext(space=backwards, data=DATA))
+    twice = Joint(parts={"one": low, "other": low})
+    with pytest.raises(InputError, match="quantised already"):
+        Compression(calibration=16).check(EvaluationContext(space=twice, data=DATA))
+
+
+def test_layers_that_share_a_weight_are_counted() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.third.weight = self.second.weight
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.third(self.second(self.first(features)))
+            return found
+
+    found = measured_costs(Tied(), torch.zeros(1, 6))
+    assert found["macs"] == 6 * 4 + 2 * 16
+    assert found["gbops"] == pytest.approx(56 * 1024 / 1e9)
 
 
 def test_a_job_of_pruning_and_bits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load
 from tests.support.small_models import DATA, RESNET, bits, data_of, digits
 
+import archfront
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.evaluator import Compression
@@ -20,6 +22,7 @@ from archfront.evaluators.compression.recovery.recovery import Case
 from archfront.evaluators.compression.recovery.registry import RECOVERIES
 from archfront.evaluators.compression.recovery.rounding import AdaRound, Gptq
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Task
+from archfront.export import export_candidate
 from archfront.spaces.policies.bits import Bits
 from archfront.spaces.policies.quantised import float_weight, quantised_layers
 from archfront.spaces.policies.quantiser import Quantiser
@@ -143,11 +146,50 @@ def test_distillation_reaches_a_network_of_few_bits() -> None:
         ({"recovery": [{"name": "gptk"}]}, r"compression\.recovery\.0.*gptq"),
         ({"recovery": [{"name": "gptq", "damping": -1.0}]}, r"recovery\.0\.damping"),
         ({"recovery": [{"steps": 3}]}, r"recovery\.0.*has no 'name'"),
+        ({"recovery": [{"name": "low-rank"}, {"name": "gptq"}]}, r"recovery\.1.*gptq.*behind 'low-rank'"),
+        ({"recovery": [{"name": "gptq"}, {"name": "adaround"}]}, r"recovery\.1.*adaround.*behind 'gptq'"),
+        ({"recovery": [{"name": "adaround"}, {"name": "low-rank"}]}, r"recovery\.1.*take back"),
     ],
 )
 def test_unknown_steps_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Compression(**options)
+
+
+def test_what_a_step_cannot_serve_is_said_before_the_job_begins() -> None:
+    for space in (bits("resnet", activations="float"), bits("vit", activations="follow")):
+        with pytest.raises(InputError, match=r"recovery.*(rsq|residual stream|quantised inputs)"):
+            Compression(recovery=[{"name": "rsq"}]).check(EvaluationContext(space=space, data=DATA))
+
+
+def test_statistics_do_not_depend_on_how_many_pass_at_once() -> None:
+    space = bits("resnet", weights=[4], activations="float")
+    genotype = [[4] * len(space.columns)]
+    rows = [
+        evaluated(space, genotype, recovery=[{"name": "batch-norm"}], calibration=257, images=images)[0]
+        for images in (64, 256)
+    ]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"] > 95
+
+
+def test_the_network_that_was_exported_stays_as_it_was() -> None:
+    space = bits("resnet", weights=[3], activations="float")
+    job = {
+        "name": "one",
+        "space": {"name": "bits", **space.config},
+        "data": DATA,
+        "evaluators": [{"name": "compression", "calibration": 32, "recovery": [{"name": "gptq"}]}],
+        "objectives": [{"metric": "accuracy", "direction": "max"}],
+        "strategy": {"name": "random"},
+        "budget": {"evaluations": 1},
+        "workers": {"executor": "inline"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        found = archfront.run(job, db=Path(folder) / "l.db")
+        [before] = evaluated(space, [[3] * len(space.columns)], recovery=[{"name": "gptq"}], calibration=32)
+        export_candidate(found, "0", Path(folder) / "a.safetensors")
+        [after] = evaluated(space, [[3] * len(space.columns)], recovery=[{"name": "gptq"}], calibration=32)
+    assert before == after
 
 
 def test_a_batch_that_the_images_cannot_fill() -> None:
