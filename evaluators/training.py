@@ -229,5 +229,6 @@ def load_for(space: Space, config: Mapping[str, Any] | None) -> DataSet:
     data = load(config, space.resolution, space.in_channels)
     if len(data.classes) != space.classes:
         problem = f"differs from the {len(data.classes)} classes of {data.name}"
-        raise InputError("space.classes", space.classes, problem, f"Set it to {len(data.classes)}.")
+        remedy = f"Set it to {len(data.classes)}, or choose a model that has so many."
+        raise InputError("space.classes", space.classes, problem, remedy)
     return data
