@@ -45,7 +45,7 @@ def plot(found: dict[str, Any], name: str, file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(11, 5.5))
     for policy, rows in lines_of(found).items():
         sizes = [row["average"] for row in rows]
         drops = [max(row["drop"], _LEAST) for row in rows]
@@ -64,7 +64,7 @@ def plot(found: dict[str, Any], name: str, file: Path) -> None:
     axes.set_ylabel(f"points of accuracy lost on test data ({_LEAST} and less at the bottom)")
     axes.set_title(f"{TITLES.get(name, name)}: bit widths at equal size, nearest rounding")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
