@@ -213,11 +213,13 @@ class Job:
         return self.ledger.request_cancel(self.id)
 
     def _directions(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        own = dict(job_objectives(self.spec))
-        known = own | self._metric_directions()
+        known = dict(job_objectives(self.spec))
         pairs = []
         for given in names:
             name = given.lstrip("+-")
+            if given[:1] not in "+-" and name not in known:
+                # Only then: building evaluators loads what they are made of.
+                known |= self._metric_directions()
             if given[:1] in "+-":
                 pairs.append((name, "max" if given[0] == "+" else "min"))
             elif name in known:

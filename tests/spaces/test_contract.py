@@ -26,6 +26,7 @@ CONFIGS: list[dict[str, object]] = [
     {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
     {"name": "tabular"},
     {"name": "bits", "model": {"name": "cifar-resnet", "depth": 8}, "keep": {"conv1": 8}, "activations": [4, 8, 32]},
+    {"name": "depth-bits", "groups": 3},
     {"name": "choices", "columns": {"bits": [2, 4, 8], "kind": ["a", "b"]}},
     CONDITIONAL,
     {"name": "joint", "parts": {"network": {"name": "fbnet-tiny"}, "training": CONDITIONAL}},
@@ -55,6 +56,7 @@ BUILT: list[dict[str, object]] = [
     {"name": "einspace", "resolution": 8, "in_channels": 1, "params": 20_000, "terminals": 40},
     {"name": "tabular"},
     {"name": "joint", "parts": {"training": CONDITIONAL, "network": {"name": "skan", "resolution": 8, "widths": [8]}}},
+    {"name": "joint", "parts": {"network": {"name": "fbnet-tiny", "layers": 4}, "bits": {"name": "depth-bits"}}},
     {"name": "bounded", "of": {"name": "fbnet-tiny", "layers": 4}, "macs": [None, 3.0e5]},
 ]
 NOT_SEARCHED = {"recorded"}
