@@ -48,6 +48,7 @@ def test_every_recipe(name: str, networks: dict[str, Compressible]) -> None:
     network = networks[name]
     space = network.space
     recipe = RECIPES.build({"name": name}, "recipe")
+    recipe.images = min(recipe.images, 96)  # type: ignore[misc]
     found = recipe.policies(network, BUDGETS)
     again = recipe.policies(network, BUDGETS)
     assert [g for g, _ in found] == [g for g, _ in again]
