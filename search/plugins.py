@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from archfront.evaluators.compression.recovery.registry import RECOVERIES
 from archfront.evaluators.compression.scores.registry import SCORES
 from archfront.evaluators.registry import EVALUATORS
 from archfront.plugins import Plugin, load_into
@@ -17,7 +18,8 @@ from archfront.spaces.registry import SPACES
 
 FAMILIES: dict[str, Registry[Any]] = {
     "spaces": SPACES, "evaluators": EVALUATORS, "strategies": STRATEGIES,
-    "models": MODELS, "scores": SCORES, "allocators": ALLOCATORS, "recipes": RECIPES,
+    "models": MODELS, "scores": SCORES, "recoveries": RECOVERIES,
+    "allocators": ALLOCATORS, "recipes": RECIPES,
 }  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from archfront.errors import InputError, suggestion
 from archfront.registry import Registry
 
-FAMILIES = ("spaces", "evaluators", "strategies", "models", "scores", "allocators", "recipes")
+FAMILIES = ("spaces", "evaluators", "strategies", "models", "scores", "recoveries", "allocators", "recipes")
+"""Known to every process; some load the tables of a few of them alone."""
+
 _VARIABLE = "ARCHFRONT_PLUGINS"
 
 

@@ -30,8 +30,6 @@ class AugmentedHessian(Score):
     """
 
     name: ClassVar[str] = "augmented-hessian"
-    needs_labels = True
-    needs_gradients = True
 
     def __init__(self, *, draws: Annotated[int, Field(ge=1)] = 8, neighbours: Annotated[int, Field(ge=0)] = 2) -> None:
         self.draws, self.neighbours = draws, neighbours

@@ -60,8 +60,6 @@ class Hessian(Score):
     """
 
     name: ClassVar[str] = "hessian"
-    needs_labels = True
-    needs_gradients = True
 
     def __init__(self, *, draws: int = 8) -> None:
         if draws < 1:
@@ -111,8 +109,6 @@ class Taylor(Score):
     """
 
     name: ClassVar[str] = "taylor"
-    needs_labels = True
-    needs_gradients = True
 
     def __init__(self, *, form: Literal["absolute", "signed", "squared"] = "absolute") -> None:
         self.form = form
@@ -149,7 +145,6 @@ class ZerothOrder(Score):
     """
 
     name: ClassVar[str] = "zeroth-order"
-    needs_labels = True
 
     def __init__(self, *, epsilon: float = 1e-3, draws: int = 1) -> None:
         for field, number in (("epsilon", epsilon), ("draws", draws)):

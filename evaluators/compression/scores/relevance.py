@@ -38,7 +38,6 @@ class Relevance(Score):
     """
 
     name: ClassVar[str] = "relevance"
-    needs_gradients = True
 
     def __init__(
         self,

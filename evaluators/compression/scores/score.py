@@ -79,9 +79,6 @@ class Score(ABC):
 
     name: ClassVar[str]
 
-    needs_labels: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = False
-
     @abstractmethod
     def measure(self, subject: Subject) -> list[Vector]:
         """For each site ``(choices,)``, finite; 0 for a choice that changes nothing."""

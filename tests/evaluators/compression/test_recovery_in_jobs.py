@@ -13,6 +13,7 @@ from safetensors.torch import load
 from tests.support.small_models import DATA, RESNET, bits, data_of, digits
 
 import archfront
+from archfront import plugins
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.evaluator import Compression
@@ -23,6 +24,8 @@ from archfront.evaluators.compression.recovery.registry import RECOVERIES
 from archfront.evaluators.compression.recovery.rounding import AdaRound, Gptq
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Task
 from archfront.export import export_candidate
+from archfront.plugins import read_plugins
+from archfront.search.plugins import FAMILIES, load_plugins
 from archfront.spaces.policies.bits import Bits
 from archfront.spaces.policies.quantised import float_weight, quantised_layers
 from archfront.spaces.policies.quantiser import Quantiser
@@ -190,6 +193,26 @@ def test_the_network_that_was_exported_stays_as_it_was() -> None:
         export_candidate(found, "0", Path(folder) / "a.safetensors")
         [after] = evaluated(space, [[3] * len(space.columns)], recovery=[{"name": "gptq"}], calibration=32)
     assert before == after
+
+
+def test_a_step_of_the_user_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from archfront.evaluators.compression.recovery.recovery import Recovery\n"
+        "from archfront.spaces.policies.quantised import quantised_layers\n"
+        "class Zero(Recovery):\n"
+        "    name = 'zero'\n"
+        "    stage = 1\n"
+        "    def recover(self, case):\n"
+        "        for _, layer, holder in quantised_layers(case.student):\n"
+        "            holder.fixed = layer.weight.detach() * 0\n"
+        "ARCHFRONT_PLUGINS = {'recoveries': {'zero-of-the-test': Zero}}\n"
+    )
+    assert set(plugins.FAMILIES) == set(FAMILIES)
+    load_plugins(read_plugins([file]))
+    space = bits("resnet", weights=[8], activations="float")
+    [row] = evaluated(space, [[8] * len(space.columns)], recovery=[{"name": "zero-of-the-test"}])
+    assert row["accuracy"] < 20
 
 
 def test_a_batch_that_the_images_cannot_fill() -> None:
