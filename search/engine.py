@@ -139,6 +139,8 @@ class Engine:
                     f"The first {self._tally.failed} evaluations all failed; `archfront status {self._writer.job_id}` "
                     "shows why. The rest of the budget is not spent."
                 )
+            # Only now: a worker whose last result is not committed has nothing new, so that a driver that dies loses at
+            # most one evaluation a worker.
             self._dispatch()
             if self._changed:
                 running = len(self._open) - len(self._queue)
@@ -158,10 +160,6 @@ class Engine:
             for result in self._executor.wait(0.25):
                 self._take(result)
             self._promote(last=False)
-            if self._job.batch == 1 and not self._new_attempts:
-                # What was written ahead before need not wait for this commit. Batches of several do: they must be the
-                # same whenever they are put together.
-                self._dispatch()
 
     def _sizes(self) -> tuple[int, int]:
         """How many evaluations to ask for at once, and to have out at most: enough for every worker, and one ask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ FAMILIES = ("spaces", "evaluators", "strategies", "models", "scores", "recoverie
 """Known to every process; some load the tables of a few of them alone."""
 
 _VARIABLE = "ARCHFRONT_PLUGINS"
+
+_LOADING = threading.RLock()
+"""A controller resolves several jobs at once: none may see a file that another has half run."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +57,28 @@ def load_into(registries: Mapping[str, Registry[Any]], plugins: Sequence[Plugin]
         InputError: a file fails to run, or names no known family.
     """
     for plugin in plugins:
-        module = types.ModuleType(f"archfront_plugin_{plugin.digest}")
-        loaded = sys.modules.get(module.__name__)
-        if loaded is not None:
-            # Another version of the file may have taken its names since.
-            _register(registries, plugin, getattr(loaded, _VARIABLE, None))
-            continue
-        module.__file__ = plugin.name
-        # Classes look their module up by name: typing.get_type_hints does, for one.
-        sys.modules[module.__name__] = module
-        try:
-            exec(compile(plugin.source, plugin.name, "exec"), module.__dict__)
-            _register(registries, plugin, getattr(module, _VARIABLE, None))
-        except Exception as error:
-            del sys.modules[module.__name__]
-            if isinstance(error, InputError):
-                raise
-            raise InputError("--plugin", plugin.name, f"failed: {error!r}", "Mend the file.") from error
+        with _LOADING:
+            _load(registries, plugin)
+
+
+def _load(registries: Mapping[str, Registry[Any]], plugin: Plugin) -> None:
+    module = types.ModuleType(f"archfront_plugin_{plugin.digest}")
+    loaded = sys.modules.get(module.__name__)
+    if loaded is not None:
+        # Another version of the file may have taken its names since.
+        _register(registries, plugin, getattr(loaded, _VARIABLE, None))
+        return
+    module.__file__ = plugin.name
+    # Classes look their module up by name: typing.get_type_hints does, for one.
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(plugin.source, plugin.name, "exec"), module.__dict__)
+        _register(registries, plugin, getattr(module, _VARIABLE, None))
+    except Exception as error:
+        del sys.modules[module.__name__]
+        if isinstance(error, InputError):
+            raise
+        raise InputError("--plugin", plugin.name, f"failed: {error!r}", "Mend the file.") from error
 
 
 def _register(registries: Mapping[str, Registry[Any]], plugin: Plugin, table: Any) -> None:
