@@ -14,6 +14,8 @@ os.environ.update(
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        # Kernels run in Triton's interpreter; read once too, where a kernel is defined.
+        "TRITON_INTERPRET": "1",
     }
 )
 

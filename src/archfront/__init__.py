@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archfront.client import Job, run
 
-__version__ = version("archfront")
+try:
+    __version__ = version("archfront")
+except PackageNotFoundError:  # the kernels alone, on a machine that has no more than torch and triton
+    __version__ = "0+uninstalled"
 __all__ = ["Job", "__version__", "run"]
 
 _LAZY = {"Job": "archfront.client", "run": "archfront.client"}

@@ -17,9 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCMMA")
+
 
 class Usage(NamedTuple):
-    """Of one compiled kernel: registers of a thread, and bytes of stack (where spills go), local and shared memory."""
+    """Of one compiled kernel: registers of a thread; bytes of stack (where spills go), local and shared memory; how
+    often its machine code has each matrix instruction."""
 
     target: str
     threads: int
@@ -27,6 +30,7 @@ class Usage(NamedTuple):
     stack: int
     local: int
     shared: int
+    matrix: dict[str, int]
 
 
 class CompileOnly(DriverBase):  # type: ignore[misc]
@@ -60,7 +64,9 @@ class CompileOnly(DriverBase):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def compile_for(capability: int, kernel: Any, arguments: tuple[torch.dtype | int, ...], **constants: int) -> Usage:
+def compile_for(
+    capability: int, kernel: Any, arguments: tuple[torch.dtype | int | float, ...], **constants: Any
+) -> Usage:
     """Compiles as a launch would, with a dtype in the place of each tensor; 80 means sm_80."""
     driver.set_active(CompileOnly(capability))
     compiled = kernel.warmup(*arguments, grid=(1,), **constants)
@@ -75,4 +81,6 @@ def compile_for(capability: int, kernel: Any, arguments: tuple[torch.dtype | int
     assert target
     registers, stack, local = map(int, usage.groups())
     threads = 32 * compiled.metadata.num_warps
-    return Usage(target[1], threads, registers, stack, local, compiled.metadata.shared)
+    words = re.findall(r"\b[A-Z]+MMA\b", compiled.asm["sass"])
+    matrix = {name: count for name in MATRIX if (count := words.count(name))}
+    return Usage(target[1], threads, registers, stack, local, compiled.metadata.shared, matrix)

@@ -10,9 +10,9 @@ import sys
 import torch
 from torch import Tensor
 
+from archfront.kernels.ops.depthwise import plan, run_kernel
 from archfront.kernels.reference.depthwise import depthwise_scale_shift as reference
 from archfront.kernels.reference.depthwise import fold_batch_norm
-from archfront.kernels.triton.depthwise import plan, run_kernel
 from archfront.spaces.fbnet_blocks import ConvNorm
 
 GUARD = 4096

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from archfront.kernels.ops import serving
+from archfront.kernels.ops.depthwise import depthwise_scale_shift
 from archfront.kernels.reference.depthwise import depthwise_cost, fold_batch_norm
 from archfront.kernels.reference.depthwise import depthwise_scale_shift as reference
-from archfront.kernels.triton import depthwise
-from archfront.kernels.triton.depthwise import depthwise_scale_shift
 from archfront.spaces.fbnet_blocks import BlockKind, BlockShape, FBNetBlock
 
 HERE = Path(__file__).parent
@@ -59,23 +59,6 @@ def test_the_kernel_computes_what_its_twin_computes_under_every_setting() -> Non
     rows = run_alone("interpret_depthwise.py", "--everything", TRITON_INTERPRET="1")
     assert len(rows) == 3 * 2 * 2 * 4 + 2 + 1
     assert_exact(rows)
-
-
-@pytest.mark.parametrize("scope", [(), pytest.param(("--everything",), marks=pytest.mark.slow)])
-def test_the_kernel_compiles_for_gpus_without_spills(scope: tuple[str, ...], tmp_path: Path) -> None:
-    rows = run_alone("compile_depthwise.py", *scope, TRITON_CACHE_DIR=str(tmp_path))
-    each = 4 if scope else 2
-    assert [row["target"] for row in rows] == ["sm_80"] * each + ["sm_90a"] * each
-    for row in rows:
-        assert row["stack"] == row["local"] == 0, row
-        # Four blocks of 128 threads on each multiprocessor, of 65,536 registers.
-        assert row["registers"] <= 128, row
-
-
-def test_the_package_hides_no_library() -> None:
-    assert depthwise.triton.__name__ == "triton"
-    assert Path(depthwise.triton.__file__).parent != HERE.parents[1] / "kernels" / "triton"
-    assert callable(depthwise.triton.jit)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -177,7 +160,7 @@ def test_a_stride_or_device_that_is_not_served_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="stride: 3 is not served; 1 or 2 is"):
         depthwise_scale_shift(*operands(), stride=3, relu=True)
     # No device but these is at hand everywhere, so one of them leaves the list.
-    monkeypatch.setattr(depthwise, "DEVICES", ("cuda", "meta"))
+    monkeypatch.setattr(serving, "DEVICES", ("cuda", "meta"))
     with pytest.raises(ValueError, match=r"x.device: cpu is not served; cuda or meta is"):
         depthwise_scale_shift(*operands(), stride=1, relu=True)
 

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from archfront.kernels.ops.compile_case import CompileCase
+from archfront.kernels.ops.serving import check_device, check_together, refusal
 from archfront.kernels.reference import depthwise as reference
 
+OPERATORS = ("depthwise_scale_shift",)
 KERNELS = (3, 5)
 STRIDES = (1, 2)
 DTYPES = (torch.float32, torch.float16)
-DEVICES = ("cuda", "cpu", "meta")
 # Inside a plane the kernel counts in int32, with room for the masked end of the last tile.
 MAX_PLANE = 2**30
 # Four results a thread of four warps: eight spilled, in ptxas for sm_80 and sm_90.
@@ -107,10 +109,6 @@ def run_kernel(
     depthwise_kernel[launch.grid](x, weight, scale, shift, out, *launch.sizes, **launch.constants)
 
 
-def refusal(name: str, value: object, served: str) -> ValueError:
-    return ValueError(f"{name}: {value} is not served; {served} is")
-
-
 def check(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int) -> None:
     """Raises ValueError where the kernel would compute something else than its twin, or nothing."""
     if x.ndim != 4 or 0 in x.shape[1:]:
@@ -133,11 +131,7 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int) 
     for name, (tensor, dtype) in wanted.items():
         if tensor.dtype != dtype:
             raise refusal(f"{name}.dtype", tensor.dtype, f"{dtype} beside an x of {x.dtype}")
-        if tensor.device != x.device:
-            raise refusal(f"{name}.device", tensor.device, f"{x.device}, where x is,")
-    for name, tensor in {"x": x, "weight": weight, "scale": scale, "shift": shift}.items():
-        if not tensor.is_contiguous():
-            raise refusal(f"{name}.stride()", tensor.stride(), "a contiguous tensor, such as .contiguous() returns,")
+    check_together(x, {"weight": weight, "scale": scale, "shift": shift})
 
 
 def _empty_result(x: Tensor, stride: int) -> Tensor:
@@ -188,7 +182,23 @@ def depthwise_scale_shift(
     Raises:
         ValueError: a shape, dtype, stride, layout or device that is not served; names it and what is.
     """
-    if x.device.type not in DEVICES:
-        raise refusal("x.device", x.device, " or ".join(DEVICES))
+    check_device(x)
     result: Tensor = _operator(x, weight, scale, shift, stride=stride, relu=relu)
     return result
+
+
+def compile_cases() -> list[CompileCase]:
+    """FBNet's planes: large ones, and the last, whose tiles are wide in channels. The first two need most registers."""
+    shapes: list[tuple[tuple[int, ...], int, int, torch.dtype]] = [
+        ((1, 1104, 7, 7), 5, 1, torch.float32),
+        ((8, 144, 56, 56), 5, 2, torch.float16),
+        ((1, 96, 112, 112), 3, 2, torch.float32),
+        ((8, 1104, 7, 7), 3, 1, torch.float16),
+    ]
+    cases = []
+    for shape, kernel, stride, dtype in shapes:
+        launch = plan(torch.Size(shape), kernel, stride, relu=True)
+        tensors = (dtype, dtype, torch.float32, torch.float32, dtype)
+        name = f"{shape} k{kernel} s{stride} {dtype}"
+        cases.append(CompileCase(name, depthwise_kernel, (*tensors, *launch.sizes), launch.constants))
+    return cases
