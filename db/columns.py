@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,12 @@ def load_columns(connection: Connection, job_id: int) -> Columns:
     """Everything that a job has finished."""
     parts: list[tuple[list[str], Matrix]] = []
     last_seq = 0
-    for first, last_seq, names, data, digest in _chunks(connection, job_id):
-        if _digest(names, data) == digest:
+    chunks = _chunks(connection, job_id)
+    # Most of the time of a large job's columns, and hashing leaves Python's lock.
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(lambda chunk: _digest(chunk[2], chunk[3]), chunks)
+    for (first, last_seq, names, data, digest), found in zip(chunks, digests, strict=True):
+        if found == digest:
             parts.append((list(names), np.frombuffer(data, dtype="<f8").reshape(-1, len(names))))
         else:
             parts.append(read_rows(connection, job_id, first, last_seq))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import moocore
 import numpy as np
@@ -10,8 +12,10 @@ import numpy.typing as npt
 
 Points = npt.NDArray[np.float64]
 
-# Sets of more points are thinned out first, by some of the front of a sample, while each takes a twentieth at least.
-_FEW, _SAMPLE, _STRONG, _WORTH_IT = 20_000, 2_000, 8, 0.95
+_FEW = 20_000
+"""Larger sets are thinned out first, on a grid of so many cells at most."""
+
+_CELLS, _WORTH_IT = 2**20, 0.75
 _MANY, _PARTS = 200_000, 4
 """Larger sets are dealt out to threads: what a part's front leaves out, some member of it dominates."""
 
@@ -22,16 +26,17 @@ def nondominated(points: Points) -> npt.NDArray[np.bool_]:
         return np.zeros(0, dtype=bool)
     if points.shape[1] == 1:
         return np.asarray(points[:, 0] == points[:, 0].min())
+    points = _finite(points)
     kept = _not_clearly_dominated(points)
     found = np.zeros(len(points), dtype=bool)
-    finite = _finite(points[kept])
-    if len(finite) > _MANY:
-        parts = [np.arange(first, len(finite), _PARTS) for first in range(_PARTS)]
+    points = points[kept]
+    if len(points) > _MANY:
+        parts = [np.arange(first, len(points), _PARTS) for first in range(_PARTS)]
         with ThreadPoolExecutor(_PARTS) as threads:
-            masks = threads.map(lambda part: moocore.is_nondominated(finite[part], keep_weakly=True), parts)
+            masks = threads.map(lambda part: moocore.is_nondominated(points[part], keep_weakly=True), parts)
             left = np.concatenate([part[mask] for part, mask in zip(parts, masks, strict=True)])
-        kept, finite = kept[left], finite[left]
-    found[kept] = moocore.is_nondominated(finite, keep_weakly=True)
+        kept, points = kept[left], points[left]
+    found[kept] = moocore.is_nondominated(points, keep_weakly=True)
     return found
 
 
@@ -45,29 +50,53 @@ def nondominated_ranks(points: Points) -> npt.NDArray[np.int64]:
 
 
 def _not_clearly_dominated(points: Points) -> npt.NDArray[np.int64]:
-    """Indices of the rows left when a few strong ones have thrown out what they dominate: that can neither be in the
-    front nor, dominance being transitive, keep anything out of it. Where little can be thrown out, little is tried."""
-    left = np.arange(len(points))
+    """Indices of the rows left when those are gone that a look at a grid of cells shows to be dominated: some row lies
+    in a cell that is lower in every objective. Such a row can neither be in the front nor, dominance being transitive,
+    keep anything out of it."""
     if len(points) < _FEW:
-        return left
-    sample = points[:: len(points) // _SAMPLE]
-    best = sample[nondominated(sample)]
-    with np.errstate(invalid="ignore"):  # infinities: such a row may be tried first or last
-        lowest, extent = sample.min(axis=0), np.ptp(sample, axis=0)
-        central = np.argsort(((best - lowest) / np.where(extent > 0, extent, 1)).sum(axis=1))
-    for row in best[central[:_STRONG]]:
-        if (sample >= row).all(axis=1).mean() < 1 - _WORTH_IT:
-            break
-        no_better, equal = np.ones(len(points), dtype=bool), np.ones(len(points), dtype=bool)
-        for m, value in enumerate(row):
-            no_better &= points[:, m] >= value
-            equal &= points[:, m] == value
-        kept = ~no_better | equal
-        before = len(points)
-        left, points = left[kept], points[kept]
-        if len(points) > before * _WORTH_IT:
-            break
+        return np.arange(len(points))
+    bins = max(int(_CELLS ** (1 / points.shape[1]) + 1e-9), 2)
+    if bins ** points.shape[1] > _CELLS:
+        return np.arange(len(points))
+    left = _in_undominated_cells(points, bins, _even_bins)
+    if len(left) > _WORTH_IT * len(points):
+        # Values that crowd together share few even cells. Finding crowds costs more, so it is tried second.
+        left = _in_undominated_cells(points, bins, _crowded_bins)
     return left
+
+
+def _in_undominated_cells(
+    points: Points, bins: int, cut: Callable[[npt.NDArray[np.float64], int], npt.NDArray[np.int32]]
+) -> npt.NDArray[np.int64]:
+    cell = np.zeros(len(points), dtype=np.int32)
+    for column in points.T:
+        cell *= bins
+        cell += cut(column, bins)
+    shape = (bins,) * points.shape[1]
+    reached = np.zeros(shape, dtype=bool)
+    reached.reshape(-1)[cell] = True
+    for axis in range(len(shape)):
+        # Layer by layer, since numpy's accumulate goes number by number.
+        layers = np.moveaxis(reached, axis, 0)
+        for below, layer in pairwise(layers):
+            layer |= below
+    dominated = np.zeros(shape, dtype=bool)
+    dominated[(slice(1, None),) * len(shape)] = reached[(slice(None, -1),) * len(shape)]
+    return np.flatnonzero(~dominated.reshape(-1)[cell])
+
+
+def _even_bins(column: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int32]:
+    lowest, highest = float(column.min()), float(column.max())
+    scale = bins / (highest - lowest) if highest > lowest else 0.0
+    if not 0.0 < scale < np.inf:  # one value, or an extent beyond floating point
+        return np.zeros(len(column), dtype=np.int32)
+    return np.minimum(((column - lowest) * scale).astype(np.int32), bins - 1)
+
+
+def _crowded_bins(column: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int32]:
+    sample = column[:: max(len(column) // 4000, 1)]
+    edges = np.unique(np.quantile(sample, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.searchsorted(edges, column, side="right").astype(np.int32)
 
 
 def _finite(points: Points) -> Points:
