@@ -3,7 +3,8 @@ search with and without the recipes as its first candidates.
 
 Weights of 2 to 8 bits, a scale for each channel, activations in float. The network itself is the checkpoint after an
 epoch on the training part (ResNets), or trained here (the vision transformer, the decoder). Scores see training
-images, the search sees validation images, the table is of test images: points of accuracy lost, paired.
+images, the search sees validation images, the table is of test images: points of accuracy lost, paired, and the mean
+Kullback-Leibler divergence from the network's own outputs. Rows are written as they come.
 
     python benchmarks/recipes.py MODEL [--quick] [--work FOLDER]          # resnet20, resnet56, vit, decoder
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, show, write_json
+from machine import machine, show
 from recipes_report import plot
 from safetensors.torch import save_file
 
@@ -149,13 +150,15 @@ def accuracy(model: torch.nn.Module, network: Compressible) -> float:
 class Trial:
     """One model's study."""
 
-    def __init__(self, name: str, study: Study, work: Path, quick: bool) -> None:
-        self.name, self.study, self.work = name, study, work
+    def __init__(self, name: str, study: Study, work: Path, file: Path, quick: bool) -> None:
+        self.name, self.study, self.work, self.file = name, study, work, file
+        self.facts, self.begun = machine(), time.perf_counter()
         self.model, self.accuracies = trained(name, study, work, quick)
         self.space = self.bits()
         self.data = load(study.data, self.space.resolution, self.space.in_channels)
         self.network = self.compressible(self.space)
         self.budgets = {average: self.cost([self.nearest(average)])[0] for average in study.averages}
+        self.workers = 2
         self.rows: list[dict[str, Any]] = []
         self.found: list[Any] = []
 
@@ -206,12 +209,19 @@ class Trial:
         drops = [one.drop for one in judged]
         row = {
             "policy": kind, "average": average, "model_mb": float(np.mean(self.cost(genotypes))),
-            "drop": float(np.mean(drops)), "least": min(drops), "most": max(drops), "std": judged[0].drop_std, **more,
+            "drop": float(np.mean(drops)), "least": min(drops), "most": max(drops), "std": judged[0].drop_std,
+            "divergence": float(np.mean([one.divergence for one in judged])), **more,
         }  # fmt: skip
         self.rows.append(row)
+        self.write()
         extent = f" ({row['least']:.2f} to {row['most']:.2f})" if len(drops) > 1 else ""
         after = f", {row['recovered']:.2f} after its recovery" if "recovered" in row else ""
-        print(f"  {average:g} bits, {kind}: {row['drop']:.2f}{extent}{after}", flush=True)
+        print(f"  {average:g} bits, {kind}: {row['drop']:.2f}{extent}{after}, {row['divergence']:.4f} nat", flush=True)
+
+    def write(self) -> None:
+        content = {"machine": self.facts, "accuracy": self.accuracies, "test": self.study.test, "rows": self.rows}
+        seconds = time.perf_counter() - self.begun
+        self.file.write_text(json.dumps({**content, "seconds": seconds}, indent=2) + "\n")
 
     def keep(self, rows: Sequence[dict[str, Any]], anew: Sequence[str]) -> None:
         """Go on from the rows of an earlier run, but for the searches and these recipes."""
@@ -257,8 +267,8 @@ class Trial:
         print(f"  {name}: {time.perf_counter() - begun:,.0f} s", flush=True)
 
     def search(self, kind: str, seeds: Sequence[Any], evaluations: int) -> None:
-        """NSGA-II over all policies by divergence on validation data; of the eight best for a budget, the one that is
-        most accurate on more of it."""
+        """A search over all policies by divergence on validation data; of the eight best for a budget, the one that
+        diverges least on more of it."""
         unique = [json.loads(text) for text in dict.fromkeys(map(json.dumps, seeds))]
         db = self.work / f"{self.name}-{kind.replace(' ', '-')}.db"
         for old in self.work.glob(f"{db.name}*"):
@@ -270,8 +280,8 @@ class Trial:
             "constraints": [
                 f"model_mb <= {1.05 * max(self.budgets.values())}", f"model_mb >= {0.8 * min(self.budgets.values())}"
             ],
-            "strategy": {"name": "nsga2", "population": 50}, "seeds": unique,
-            "budget": {"evaluations": evaluations}, "workers": {"executor": "process", "count": 2},
+            "strategy": {"name": "surrogate-nsga2", "population": 40}, "seeds": unique,
+            "budget": {"evaluations": evaluations}, "workers": {"executor": "process", "count": self.workers},
         }  # fmt: skip
         job = archfront.run(spec, db=db)
         for average, budget in self.budgets.items():
@@ -280,8 +290,8 @@ class Trial:
                 continue
             best = rows.nsmallest(8, "divergence")["genotype"].tolist()
             judged = self.network.judged("validation", [self.space.variant(g) for g in best], 4 * self.study.validation)
-            chosen = best[int(np.argmax([one.accuracy for one in judged]))]
-            self.add(kind, average, [chosen])
+            chosen = best[int(np.argmin([one.divergence for one in judged]))]
+            self.add(kind, average, [chosen], genotype=chosen)
 
 
 def main() -> None:
@@ -292,6 +302,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for weights and searches")
     parser.add_argument("--recipes", nargs="+", help="these alone, and the searches: other rows stay as they were")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--workers", type=int, default=2, help="of the searches")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -301,11 +312,10 @@ def main() -> None:
         few = {"test": 60, "validation": 30, "evaluations": 60, "averages": (4,), "steps": 5, "images": 16}
         study = replace(study, **few, recipes=("leave-one-in", study.recipes[-1]))
     options.work.mkdir(parents=True, exist_ok=True)
-    facts = machine()
-    begun = time.perf_counter()
-    trial = Trial(options.model, study, options.work, options.quick)
-    print(f"{options.model}: {trial.accuracies}", flush=True)
     path = options.json or Path(__file__).with_name(f"recipes_{options.model}.json")
+    trial = Trial(options.model, study, options.work, path, options.quick)
+    trial.workers = options.workers
+    print(f"{options.model}: {trial.accuracies}", flush=True)
     if options.recipes and path.exists():
         trial.keep(json.loads(path.read_text())["rows"], options.recipes)
     else:
@@ -323,19 +333,13 @@ def main() -> None:
             row["least"],
             row["most"],
             row["std"],
+            row["divergence"],
             row.get("recovered"),
         ]
         for row in trial.rows
     ]
-    columns = ["policy", "bits", "MiB", "points lost", "least", "most", "std", "recovered"]
+    columns = ["policy", "bits", "MiB", "points lost", "least", "most", "std", "divergence", "recovered"]
     show(f"{options.model}, {study.test:,} test samples", columns, table)
-    content = {
-        "accuracy": trial.accuracies,
-        "test": study.test,
-        "rows": trial.rows,
-        "seconds": time.perf_counter() - begun,
-    }
-    write_json(path, facts, **content)
     plot(json.loads(path.read_text()), options.model, options.plot or options.work / f"recipes_{options.model}.png")
 
 

@@ -25,6 +25,7 @@ STRATEGIES: Registry[Strategy] = Registry(
         "random": "archfront.search.strategies.random:RandomSearch",
         "regularized-evolution": "archfront.search.strategies.regularized_evolution:RegularizedEvolution",
         "nsga2": "archfront.search.strategies.nsga2:NSGA2",
+        "surrogate-nsga2": "archfront.search.strategies.surrogate_nsga2:SurrogateNSGA2",
     }
     # The module makes the class of a sampler when it is first asked for the sampler's name.
     | {f"optuna:{name}": f"archfront.search.strategies.optuna_sampler:{s}" for name, s in OPTUNA_SAMPLERS.items()},

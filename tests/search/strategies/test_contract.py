@@ -18,13 +18,14 @@ from archfront.search.strategy import Ask, Problem, Proposals, Strategy
 
 from .driver import Engine, FoldedSpace, Row, ToySpace, bumpy, columns, same
 
-OURS = ["random", "regularized-evolution", "nsga2"]
+OURS = ["random", "regularized-evolution", "nsga2", "surrogate-nsga2"]
 HEAVY = {"optuna:gp"}
 
 # Small enough that every strategy leaves its random beginning within a test.
 SETTINGS: dict[str, dict[str, Any]] = {
     "regularized-evolution": {"population": 8, "sample": 3},
     "nsga2": {"population": 8},
+    "surrogate-nsga2": {"population": 8, "generations": 3},
     "optuna:nsgaii": {"population_size": 6},
     "optuna:nsgaiii": {"population_size": 6},
     "optuna:tpe": {"n_startup_trials": 6},

@@ -66,6 +66,14 @@ def check_nsga2(seeds: int) -> None:
         assert values[:, i].mean() >= expected - within(values, i)
 
 
+def test_surrogates_save_half_of_the_evaluations() -> None:
+    """Of what NSGA-II needs to cover as much of the front, and for one objective nearly all of the regret."""
+    values = volumes("surrogate-nsga2", 5, [100, 200], batch=50)
+    assert values[:, 0].mean() >= NSGA2_VOLUME[100]
+    assert values[:, 1].mean() >= (NSGA2_VOLUME[200] + NSGA2_VOLUME[500]) / 2
+    assert regrets("surrogate-nsga2", 5, [100], batch=10, population=20).mean() < EVOLUTION_REGRET[100] / 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), [("optuna:tpe", 0.093), ("optuna:nsgaii", 0.547)])
 def test_optuna_is_as_good_as_by_itself(name: str, expected: float) -> None:
