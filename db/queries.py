@@ -221,6 +221,34 @@ def evaluation_rows(connection: Connection, job_id: int, numbers: Sequence[int])
     return [rows[number] for number in numbers]
 
 
+def find_evaluation(connection: Connection, job_id: int, candidate: str) -> dict[str, Any]:
+    """The evaluation behind a number, or the newest one of the candidate whose key begins so.
+
+    Raises:
+        InputError: none, or several candidates.
+    """
+    mine = Evaluation.job_id == job_id
+    if candidate.isdigit() and len(candidate) < 10:
+        known = connection.execute(sa.select(Evaluation.number).where(mine, Evaluation.number == int(candidate)))
+        numbers = list(known.scalars())
+    else:
+        query = (
+            sa.select(Evaluation.number, Candidate.key)
+            .join(Candidate, Candidate.id == Evaluation.candidate_id)
+            .where(mine, Candidate.key.startswith(candidate, autoescape=True))
+            .order_by(Evaluation.fidelity.desc(), Evaluation.number.desc())
+        )
+        found = connection.execute(query).all()
+        if len({key for _, key in found}) > 1:
+            raise InputError("CANDIDATE", candidate, "begins several keys", "Give more of it.")
+        numbers = [number for number, _ in found]
+    if not numbers:
+        raise InputError(
+            "CANDIDATE", candidate, "is no evaluation of this job", "`archfront front` shows numbers and keys."
+        )
+    return evaluation_rows(connection, job_id, numbers[:1])[0]
+
+
 def _with_candidates(connection: Connection, found: Sequence[Any]) -> dict[int, dict[str, Any]]:
     """Rows by number, as yet without metrics."""
     rows: dict[int, dict[str, Any]] = {}

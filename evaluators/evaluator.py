@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -151,6 +152,18 @@ class Evaluator(ABC):
         """Made once, in a worker, before the job's first evaluation (a latency table, say); JSON, kept in the ledger
         and handed to every worker as ``context.artifacts[name]``."""
         return {}
+
+    @contextmanager
+    def deployed(
+        self, items: Sequence[Mapping[str, Any]], context: EvaluationContext
+    ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """What shall be measured in the place of candidates (files that a backend executes, say), while it is there;
+        and what is known of each beside its time, as JSON.
+
+        Args:
+            items: as of ``measured_elsewhere``.
+        """
+        yield [dict(item) for item in items], [{} for _ in items]
 
     @abstractmethod
     def evaluate(self, tasks: Sequence[Task], context: EvaluationContext) -> Sequence[Evaluated | Exception]:

@@ -24,7 +24,7 @@ from archfront.search.executors.executor import Executor
 from archfront.search.executors.factory import made_executor, threads_of
 from archfront.search.executors.ray_hub import RayHub
 from archfront.search.finalists import run_finalists
-from archfront.search.job import JobSpec, parse_spec
+from archfront.search.job import Finalists, JobSpec, parse_spec
 from archfront.search.plugins import load_plugins
 from archfront.search.progress import Progress
 from archfront.search.resolve import ResolvedJob, resolve
@@ -55,6 +55,8 @@ class DriveOptions:
         hub: a way to Ray that several jobs share, in place of the address.
         claim: take the job as a controller does, on nobody's order.
         files: folder or URI for checkpoints; beside the database if None.
+        bench: finalists to measure in place of the job's own.
+        candidates: which they are, by evaluation or key; as the plan says if empty.
         observe: called after each commit.
         announce: called with a line on what happens now, before and after the search itself.
         stop: polled; true ends the run resumable.
@@ -67,6 +69,8 @@ class DriveOptions:
     hub: RayHub | None = None
     claim: bool = False
     files: str | None = None
+    bench: Finalists | None = None
+    candidates: Sequence[str] = ()
     observe: Callable[[Progress], None] = lambda _: None
     announce: Callable[[str], None] = lambda _: None
     stop: Callable[[], bool] = field(default=lambda: False)
@@ -199,9 +203,13 @@ def _run(
             stop=options.stop,
         )
         reason = engine.run()
-        if _OUTCOMES[reason][0] != "done" or not job.spec.finalists.count:
+        plan = options.bench or job.spec.finalists
+        if _OUTCOMES[reason][0] != "done" or not plan.count:
             return reason
-        if run_finalists(ledger, job_id, run_id, job, executor, announce=options.announce, stop=stop):
+        if run_finalists(
+            ledger, job_id, run_id, job, executor,
+            plan=plan, candidates=options.candidates, announce=options.announce, stop=stop,
+        ):  # fmt: skip
             return reason
         return "cancelled" if _is_cancelled(ledger, job_id) else "stopped"
 

@@ -7,18 +7,21 @@ last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from archfront.db.expressions import Condition
 from archfront.db.ledger import Ledger
-from archfront.db.queries import FrontQuery, front, job_objectives
+from archfront.db.queries import FrontQuery, find_evaluation, front, job_objectives
+from archfront.evaluators.compression.evaluator import Compression
 from archfront.evaluators.evaluator import Task
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.search.executors.executor import BatchResult, Executor
-from archfront.search.resolve import ResolvedJob
+from archfront.search.job import FLOAT_BACKENDS, Finalists
+from archfront.search.resolve import ResolvedJob, check_backends
+from archfront.spaces.policies.policy_chain import has_policies
 
 _MEASURE_S = 900.0
 
@@ -47,33 +50,49 @@ def run_finalists(
     job: ResolvedJob,
     executor: Executor,
     *,
+    plan: Finalists,
+    candidates: Sequence[str] = (),
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
-    """Train and measure what is not trained and measured yet. Returns whether it came to its end."""
-    finalists = _chosen(ledger, job_id, job)
+    """Train and measure what is not trained and measured yet. Returns whether it came to its end.
+
+    Args:
+        plan: the job's own, or another.
+        candidates: evaluation numbers or beginnings of keys to take in place of the plan's choice.
+
+    Raises:
+        InputError: no such candidate, or a backend that the space's candidates cannot run on.
+    """
+    check_backends(plan, job.space)
+    finalists = _named(ledger, job_id, candidates) if candidates else _chosen(ledger, job_id, plan)
     if not finalists:
         announce("no front member holds the conditions for finalists")
         return True
-    if job.spec.finalists.epochs is not None and not _train(
-        ledger, job_id, run_id, job, executor, finalists, announce, stop
+    if plan.epochs is not None and not _train(
+        ledger, job_id, run_id, job, executor, plan.epochs, finalists, announce, stop
     ):
         return False
     # Nothing else of ours may run on the device while it is measured.
     executor.rest()
-    return _measure(ledger, job_id, run_id, job, executor, finalists, announce, stop)
+    return _measure(ledger, job_id, run_id, job, executor, plan, finalists, announce, stop)
 
 
-def _chosen(ledger: Ledger, job_id: int, job: ResolvedJob) -> list[dict[str, Any]]:
+def _named(ledger: Ledger, job_id: int, candidates: Sequence[str]) -> list[dict[str, Any]]:
+    with ledger.engine.connect() as connection:
+        found = [find_evaluation(connection, job_id, candidate) for candidate in candidates]
+    return list({row["evaluation"]: row for row in found}.values())
+
+
+def _chosen(ledger: Ledger, job_id: int, plan: Finalists) -> list[dict[str, Any]]:
     with ledger.engine.connect() as connection:
         members = front(connection, job_id, FrontQuery())
-    condition = job.spec.finalists.where
-    if condition is not None and members:
+    if plan.where is not None and members:
         names = sorted({name for row in members for name in row["metrics"]})
         columns = {n: np.array([row["metrics"].get(n, math.nan) for row in members], dtype=float) for n in names}
-        mask = Condition(condition, names, "finalists.where").mask(columns)
+        mask = Condition(plan.where, names, "finalists.where").mask(columns)
         members = [row for row, holds in zip(members, mask, strict=True) if holds]
-    return choose(members, job_objectives(ledger.job(job_id)["spec"]), job.spec.finalists.count)
+    return choose(members, job_objectives(ledger.job(job_id)["spec"]), plan.count)
 
 
 def _train(
@@ -82,11 +101,11 @@ def _train(
     run_id: int,
     job: ResolvedJob,
     executor: Executor,
+    epochs: int,
     finalists: list[dict[str, Any]],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
-    epochs = int(job.spec.finalists.epochs or 0)
     settings = {"epochs": epochs}
     waiting = [row for row in finalists if not _is_there(ledger, job_id, row, "training", settings)]
     under_way: dict[int, dict[str, Any]] = {}
@@ -134,38 +153,77 @@ def _measure(
     run_id: int,
     job: ResolvedJob,
     executor: Executor,
+    plan: Finalists,
     finalists: list[dict[str, Any]],
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
-    plan = job.spec.finalists
-    # On the device that the job's latency holds for, if it has one.
-    name, threads = next(
-        ((n, e.threads) for n, e in job.evaluators if isinstance(e, Latency)), (job.evaluators[0][0], 1)
-    )
-    for backend in plan.backends:
-        rows = finalists if backend != "compile" or plan.compiled is None else finalists[: plan.compiled]
-        for batch in plan.batches:
-            settings = {"backend": backend, "batch": batch, "threads": threads}
-            missing = [row for row in rows if not _is_there(ledger, job_id, row, "latency", settings)]
-            if not missing:
-                continue
-            if stop():
-                return False
-            announce(f"measuring {len(missing)} finalists: {backend}, batch {batch}, {threads} threads")
-            items = [{"genotype": row["genotype"], "batch": batch, "backend": backend} for row in missing]
-            # Measured together, interleaved: so a slow spell of the machine meets all finalists alike.
-            request = {"items": items, "threads": threads, "timeout_s": _MEASURE_S}
-            timings, environment = executor.call(name, "measure", request, 2 * _MEASURE_S)
-            for row, timing in zip(missing, timings, strict=True):
-                content = _finite(timing) | {"environment": environment}
-                ledger.store_benchmark(
-                    job_id, run_id, row["evaluation"], "latency", settings, content, environment["device"]
-                )
-                low, high = timing["low_ms"], timing["high_ms"]
-                shown = timing["error"] or f"{timing['median_ms']:.3f} ms [{low:.3f}, {high:.3f}]"
-                announce(f"finalist {row['key'][:8]}: {shown}")
+    name, threads = _measuring(job)
+    policies = has_policies(job.space)
+    # What the network itself runs on, to compare with the fastest of them.
+    floats = [backend for backend in plan.backends if backend in FLOAT_BACKENDS] if policies else []
+    for batch in plan.batches:
+        missing = [
+            (row, settings)
+            for backend in plan.backends
+            for row in (finalists[: plan.compiled] if backend == "compile" else finalists)
+            if not _is_there(
+                ledger, job_id, row, "latency", settings := {"backend": backend, "batch": batch, "threads": threads}
+            )
+        ]
+        if not missing:
+            continue
+        if stop():
+            return False
+        backends = list(dict.fromkeys(str(settings["backend"]) for _, settings in missing))
+        count = len({row["evaluation"] for row, _ in missing})
+        announce(f"measuring {count} finalists: {', '.join(backends)}, batch {batch}, {threads} threads")
+        items: list[dict[str, Any]] = [
+            {"genotype": row["genotype"], "batch": batch, "backend": settings["backend"]} for row, settings in missing
+        ]
+        items += [{"untouched": True, "batch": batch, "backend": backend} for backend in floats]
+        # Measured together, interleaved: so a slow spell of the machine meets all finalists and backends alike.
+        limit_s = _MEASURE_S * len(backends)
+        request = {"items": items, "threads": threads, "timeout_s": limit_s}
+        timings, environment = executor.call(name, "measure", request, 2 * limit_s)
+        baseline = _fastest(floats, timings[len(missing) :])
+        for (row, settings), timing in zip(missing, timings[: len(missing)], strict=True):
+            content = _finite(timing) | {"environment": environment}
+            if baseline is not None:
+                content["baseline"] = baseline
+            ledger.store_benchmark(
+                job_id, run_id, row["evaluation"], "latency", settings, content, environment["device"]
+            )
+            announce(f"finalist {row['key'][:8]}, {settings['backend']}: {_timing_words(content)}")
     return True
+
+
+def _measuring(job: ResolvedJob) -> tuple[str, int]:
+    """On whose worker finalists are measured, and with how many threads: as the job's latency is, if it has one."""
+    latency = next(((n, e) for n, e in job.evaluators if isinstance(e, Latency)), None)
+    threads = 1 if latency is None else latency[1].threads
+    makers = [n for n, e in job.evaluators if isinstance(e, Compression)]
+    if makers:  # who makes networks of policies
+        return makers[0], threads
+    return (job.evaluators[0][0] if latency is None else latency[0]), threads
+
+
+def _fastest(backends: Sequence[str], timings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of the network itself: the backend that was fastest, and its median; None if it was not measured."""
+    found = [(t["median_ms"], b) for b, t in zip(backends, timings, strict=True) if t["error"] is None]
+    return dict(zip(("median_ms", "backend"), min(found), strict=True)) if found else None
+
+
+def _timing_words(content: Mapping[str, Any]) -> str:
+    if content["error"]:
+        return str(content["error"])
+    words = f"{content['median_ms']:.3f} ms [{content['low_ms']:.3f}, {content['high_ms']:.3f}]"
+    if content.get("baseline"):
+        ratio = content["baseline"]["median_ms"] / content["median_ms"]
+        words += f", {ratio:.2f} times as fast as the network itself ({content['baseline']['backend']})"
+    if "test_accuracy_drop" in content:
+        words += f", {content['test_accuracy_drop']:.2f} points lost on test data"
+    return words
 
 
 def _final_task(job: ResolvedJob, row: Mapping[str, Any], epochs: int) -> Task:

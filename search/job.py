@@ -82,11 +82,18 @@ class Workers(WorkerNeeds):
         return self if name is None else self.classes[name]
 
 
+Backend = Literal[
+    "eager", "compile", "cuda-graph", "onnx", "onnx-int8", "onnx-int8-dynamic", "openvino", "openvino-int8"
+]
+FLOAT_BACKENDS = ("eager", "compile", "cuda-graph", "onnx", "openvino")
+"""Those that the network itself, uncompressed, is measured with, to compare policies with the fastest."""
+
+
 class Finalists(_Section):
     """Front members that are trained longer and measured on the device at the end."""
 
     count: Annotated[int, Field(ge=0)] = 0
-    backends: list[Literal["eager", "compile", "onnx"]] = ["eager"]
+    backends: list[Backend] = ["eager"]
     batches: list[Annotated[int, Field(ge=1)]] = [1]
     epochs: Annotated[int | None, Field(ge=1, description="epochs of the final training; none if not set")] = None
     compiled: Annotated[int | None, Field(ge=0, description="how many of them to compile; all if not set")] = None

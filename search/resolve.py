@@ -18,14 +18,16 @@ from archfront.errors import InputError, suggestion
 from archfront.evaluators.evaluator import EvaluationContext, Evaluator, Metric, MetricSpec
 from archfront.evaluators.registry import EVALUATORS
 from archfront.registry import validated_arguments
-from archfront.search.job import JobSpec, Tune
+from archfront.search.job import Finalists, JobSpec, Tune
 from archfront.search.learning import learning_evaluator
 from archfront.search.strategies.halving import with_halving
 from archfront.search.strategies.registry import STRATEGIES
 from archfront.search.strategy import Problem, Strategy
+from archfront.spaces.policies.policy_chain import has_policies
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
 
+_OF_POLICIES = ("onnx-int8", "onnx-int8-dynamic", "openvino", "openvino-int8")
 _RESERVED = {*FIXED, "evaluation", "key", "genotype"}
 
 
@@ -131,6 +133,7 @@ def resolve(spec: JobSpec) -> ResolvedJob:
         constraints.append(constraint)
     if spec.finalists.where is not None:
         Condition(spec.finalists.where, metrics, "finalists.where")
+    check_backends(spec.finalists, space)
     problem = Problem(space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed)
     _check_strategy(spec, problem)
     _check_engine(spec, fidelities)
@@ -139,6 +142,21 @@ def resolve(spec: JobSpec) -> ResolvedJob:
         spec=spec, space=space, evaluators=evaluators, metrics=metrics, constraints=constraints,
         fidelities=fidelities, problem=problem, batch=1 if spec.engine == "tune" else batch,
     )  # fmt: skip
+
+
+def check_backends(plan: Finalists, space: Space) -> None:
+    """Refuse backends that execute files where candidates are no policies of a trained network.
+
+    Raises:
+        InputError: names the first.
+    """
+    if plan.count and not has_policies(space):
+        for i, backend in enumerate(plan.backends):
+            if backend in _OF_POLICIES:
+                problem = f"executes compressed networks, and {space.name!r} has no policies"
+                raise InputError(
+                    f"finalists.backends.{i}", backend, problem, "Give eager, compile, onnx or cuda-graph."
+                )
 
 
 def build_evaluators(spec: JobSpec) -> list[tuple[str, Evaluator]]:

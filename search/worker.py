@@ -85,11 +85,13 @@ class Worker:
             method: ``prepare_key``, ``device_key`` and ``prepare`` of the evaluator, or ``measure``: networks timed
                 alone, with the arguments of ``measured_elsewhere`` (all but space and plug-ins, which are the job's).
         """
-        if method == "measure":
-            plugins = self.context.plugins
-            timings, environment = measured_elsewhere(self._space, **arguments, plugins=plugins)
-            return [asdict(timing) for timing in timings], environment
         found = dict(self._evaluators)[evaluator]
+        if method == "measure":
+            with found.deployed(arguments["items"], self.context) as (items, facts):
+                timings, environment = measured_elsewhere(
+                    self._space, **{**arguments, "items": items}, plugins=self.context.plugins
+                )
+            return [asdict(timing) | known for timing, known in zip(timings, facts, strict=True)], environment
         methods = {"prepare_key": found.prepare_key, "device_key": found.device_key, "prepare": found.prepare}
         return methods[method](self.context)
 

@@ -102,6 +102,11 @@ class Compressible:
         return (images.float() / 255 - mean) / std
 
     @property
+    def calibration(self) -> list[Tensor]:
+        """Normalised batches of the training part, which ranges are observed on."""
+        return self._calibration
+
+    @property
     def shares(self) -> bool:
         """Whether policies share what they compute alike."""
         return isinstance(self.space, Bits) and not self.recovery and self.fine_tuning is None
@@ -156,13 +161,10 @@ class Compressible:
             packed: with true low-bit weights, each network on its own.
         """
         batches, labels = self.inputs(part, count)
-        own = self._own(part, count, seed, batches)
+        own = self.own_logits(part, count, seed, batches)
         if packed or not self.shares:
             models = (self.prepared(policy, seed, packed=packed) for policy in policies)
-            return [
-                _judged(labels, own, _right(found, labels), _divergence(found, own))
-                for found in (_all_logits(model, batches) for model in models)
-            ]
+            return [judged_outputs(labels, own, found) for found in (_all_logits(model, batches) for model in models)]
         right = torch.zeros(len(policies), *labels.shape, dtype=torch.bool)
         divergence = torch.zeros(len(policies), *labels.shape)
         start = 0
@@ -185,8 +187,8 @@ class Compressible:
 
         return self._reference(seed, copy.deepcopy(self.model), tune)
 
-    def _own(self, part: SplitName, count: int | None, seed: int, batches: list[Tensor]) -> Tensor:
-        """Logits of the reference."""
+    def own_logits(self, part: SplitName, count: int | None, seed: int, batches: list[Tensor]) -> Tensor:
+        """Of the reference, on the batches of ``inputs(part, count)``; computed once."""
         if (part, count, seed) not in self._own_logits:
             self._own_logits[part, count, seed] = _all_logits(self.reference(seed), batches)
         return self._own_logits[part, count, seed]
@@ -206,6 +208,11 @@ class Compressible:
             while len(self._plain) > _MODELS_KEPT:
                 self._plain.popitem(last=False)
         return self._plain[key]
+
+
+def judged_outputs(labels: Tensor, own: Tensor, found: Tensor) -> Judged:
+    """What some logits lose against the network's own."""
+    return _judged(labels, own, _right(found, labels), _divergence(found, own))
 
 
 def _key(policy: Variant) -> str:

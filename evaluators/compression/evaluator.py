@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -170,6 +173,16 @@ class Compression(Evaluator):
             )
             for one, last, cost in zip(judged, tested, costs, strict=True)
         ]
+
+    @contextmanager
+    def deployed(
+        self, items: Sequence[Mapping[str, Any]], context: EvaluationContext
+    ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """Files of the policies' networks for backends that execute files."""
+        from archfront.evaluators.deployment.deployed import deployed_items
+
+        with torch_threads(context.threads), tempfile.TemporaryDirectory(prefix="archfront-files-") as folder:
+            yield deployed_items(self.network(context), items, Path(folder), context.threads)
 
     def network(self, context: EvaluationContext) -> Compressible:
         """The trained network with what the job does to all its policies; kept from call to call."""

@@ -31,8 +31,10 @@ from archfront.evaluators.latency.measurement import Settings, Timing, add_energ
 from archfront.evaluators.latency.onnx_backend import onnx_call
 from archfront.evaluators.latency.operators import runnable
 from archfront.evaluators.latency.pinning import pin
+from archfront.evaluators.onnx_files import file_call
 from archfront.plugins import Plugin, load_into
 from archfront.spaces.blocks import BlockSpace
+from archfront.spaces.models.registry import MODELS
 from archfront.spaces.named_models import build_model, input_shape
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
@@ -46,7 +48,7 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     """Measure what a request asks for."""
     threads = int(request["threads"])
     torch.set_num_threads(threads)
-    load_into({"spaces": SPACES}, [Plugin(**plugin) for plugin in request.get("plugins", [])])
+    load_into({"spaces": SPACES, "models": MODELS}, [Plugin(**plugin) for plugin in request.get("plugins", [])])
     space = None if request["space"] is None else SPACES.build(request["space"], "space")
     load_before, clock_before = _load(), _clock_mhz()
     functions: list[Callable[[], object]] = []
@@ -130,6 +132,10 @@ def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) 
     torch.manual_seed(0)
     if "operator" in item:
         return runnable(item["operator"], device)
+    if "file" in item:
+        return file_call(item["file"], item["runtime"], int(item.get("batch", 1)), item["shape"], threads)
+    if "problem" in item:
+        raise RuntimeError(item["problem"])
     model, shape = _model(space, item)
     backend = item.get("backend", "eager")
     if backend == "onnx" and item.get("channels_last"):
@@ -137,7 +143,7 @@ def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) 
     layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
     model = model.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
-    example = torch.randn(int(item.get("batch", 1)), *shape).to(device).contiguous(memory_format=layout)
+    example = _example(space, int(item.get("batch", 1)), shape).to(device).contiguous(memory_format=layout)
     if backend == "compile":
         # All items are compiled in one process, and after 8 of one class torch would run the others eagerly, unasked.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _NO_LIMIT
@@ -176,11 +182,21 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Callable[[], object]:
     return replay
 
 
+def _example(space: Space | None, batch: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random numbers, or the tokens that a language model takes."""
+    source = getattr(space, "source", None)
+    if source is not None and not (tokens := source.example(batch)).is_floating_point():
+        return tokens  # type: ignore[no-any-return]
+    return torch.randn(batch, *shape)
+
+
 def _model(space: Space | None, item: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
     """The module of an item, and the shape that it takes."""
     if "model" in item:
         model = build_model(item["model"])
         return model, tuple(item.get("shape") or input_shape(model))
+    if item.get("untouched"):
+        return space.source.build(), tuple(space.source.example().shape[1:])  # type: ignore[union-attr]
     if space is None:
         raise TypeError("genotypes and blocks need a space")
     if "genotype" in item:

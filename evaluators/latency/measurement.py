@@ -250,9 +250,11 @@ def measured_elsewhere(
 
     Args:
         space: ``{"name": ..., <arguments>}`` of a registered space, or None if no item needs one.
-        items: each with ``genotype`` (a whole network), ``block`` (a descriptor), ``model`` (``timm:resnet18``, with
-            ``shape`` if not its own) or ``operator`` (a call, see ``operators``), and optionally ``batch`` (1),
-            ``backend`` (``eager``, ``compile``, ``onnx``, or ``cuda-graph`` on a GPU) and ``channels_last`` (false).
+        items: each with ``genotype`` (a whole network), ``untouched`` (true: the network that policies are of),
+            ``block`` (a descriptor), ``model`` (``timm:resnet18``, with ``shape`` if not its own), ``operator`` (a
+            call, see ``operators``), ``file`` (with ``runtime`` and ``shape``, see ``onnx_files``) or ``problem``
+            (why there is nothing to measure), and optionally ``batch`` (1), ``backend`` (``eager``, ``compile``,
+            ``onnx``, or ``cuda-graph`` on a GPU) and ``channels_last`` (false).
         threads: that torch and OpenMP get there.
         settings: how long to measure.
         timeout_s: of the process; None for none.

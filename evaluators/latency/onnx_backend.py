@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from archfront.errors import MissingExtraError
+from archfront.evaluators.onnx_files import export_onnx, onnx_session
 
 TOLERANCE = 1e-3
 """Largest difference from eager that passes, as a share of the output's largest value. Single precision with other
@@ -41,25 +39,13 @@ def onnx_call(model: nn.Module, example: Tensor, threads: int) -> Callable[[], o
     """
     if example.device.type != "cpu":
         raise ValueError("backend 'onnx' measures processors: give device local-cpu")
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx.export needs it, and it needs onnx
-    except ImportError:
-        raise MissingExtraError("Backend 'onnx'", "onnx") from None
     # A network may write into its input.
     expected = [leaf.numpy() for leaf in _pytree.tree_leaves(model(example.clone())) if isinstance(leaf, Tensor)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors
-    # Its threads wait busily for the next call; between calls that would slow the items measured in turn with this.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory(prefix="archfront-onnx-") as folder:
         # By way of a file, as a message of protobuf holds 2 GiB at most.
         path = Path(folder) / "network.onnx"
-        _export(model, example, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        export_onnx(model, example, path)
+        session = onnx_session(path, threads)
     feed = {session.get_inputs()[0].name: np.ascontiguousarray(example.numpy())}
     check_outputs(expected, session.run(None, feed))
 
@@ -89,14 +75,3 @@ def check_outputs(expected: Sequence[npt.NDArray[Any]], got: Sequence[npt.NDArra
             raise OutputsDifferError(
                 f"ONNX Runtime's output differs from eager's by {difference:.3g}{share}; {TOLERANCE:g} of it may be"
             )
-
-
-def _export(model: nn.Module, example: Tensor, path: Path) -> None:
-    # Tensors made in inference mode cannot be traced outside of it, nor a graph inside: copies can.
-    with torch.inference_mode(False), torch.no_grad():
-        program = torch.onnx.export(
-            copy.deepcopy(model), (example.clone().contiguous(),), dynamo=True, verbose=False, optimize=True
-        )
-    if program is None:
-        raise RuntimeError("torch.onnx.export gave no program")
-    program.save(path)

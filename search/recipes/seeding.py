@@ -38,8 +38,8 @@ def recipe_job(name: str, model: str, data: str, budgets: Sequence[str]) -> JobS
     draft = JobSpec.model_validate(
         {
             "name": name,
-            "space": {"name": "bits", "model": _mapping("--model", model, "network"), **recipe.space},
-            "data": _mapping("--data", data, None),
+            "space": {"name": "bits", "model": read_mapping("--model", model, "network"), **recipe.space},
+            "data": read_mapping("--data", data, None),
             "evaluators": [{"name": "compression", "recovery": [dict(step) for step in recipe.recovery]}],
             "objectives": [{"metric": "accuracy", "direction": "max"}, {"metric": first, "direction": "min"}],
             "strategy": {"name": "random"},
@@ -77,7 +77,12 @@ def seeded(spec: JobSpec, name: str, budgets: Sequence[str]) -> JobSpec:
     return spec.model_copy(update={"seeds": unique})
 
 
-def _mapping(field: str, text: str, of_file: str | None) -> Mapping[str, Any]:
+def read_mapping(field: str, text: str, of_file: str | None) -> Mapping[str, Any]:
+    """A component as the command line takes it: a name, a mapping in YAML, or a file for the component ``of_file``.
+
+    Raises:
+        InputError: it is none of these.
+    """
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError:

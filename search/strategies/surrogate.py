@@ -76,7 +76,8 @@ class Surrogate:
 
     def predict(self, features: Floats) -> Floats:
         """``(n,)`` on a scale of its own, in which less is less; that of ``standard`` if fitted ``plain``."""
-        return np.asarray(self.kernel.between(features - self._center, self._rows, self._spread) @ self._weights)
+        found: Floats = self.kernel.between(features - self._center, self._rows, self._spread) @ self._weights
+        return found
 
     def standard(self, value: float) -> float:
         return (value - self._mean) / self._deviation
@@ -98,7 +99,7 @@ def _scales(values: Floats) -> Iterator[Floats]:
 
 def _standard(values: Floats) -> Floats:
     spread = values.std()
-    return (values - values.mean()) / (spread if spread > 0 else 1.0)
+    return np.asarray((values - values.mean()) / (spread if spread > 0 else 1.0))
 
 
 def _correlation(first: Floats, second: Floats) -> float:

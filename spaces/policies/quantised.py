@@ -140,6 +140,17 @@ def with_float_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_input_quantisers(model: nn.Module) -> nn.Module:
+    """Let all layers read what comes, in place."""
+    for layer in model.modules():
+        if hasattr(layer, "input_quantiser"):
+            hooks = layer._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _quantise_input]:
+                del hooks[key]
+            del layer.input_quantiser
+    return model
+
+
 def _put(layer: nn.Module, weight: Tensor) -> None:
     """A plain weight in place of the quantised one. torch's own way to do so breaks the layers that this one was copied
     from or to: they share a class, from which it takes the weight away."""

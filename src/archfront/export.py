@@ -8,11 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from archfront.client import Job
-from archfront.db.queries import evaluation_rows
-from archfront.db.schema import Candidate, Evaluation
+from archfront.db.queries import find_evaluation
 from archfront.errors import InputError
 from archfront.spaces.space import Layer, Space
 
@@ -32,38 +29,10 @@ def export_candidate(job: Job, candidate: str, to: Path) -> dict[str, Any]:
         raise InputError("--to", str(to), "has an unknown format", f"End it with {', '.join(writers)}.")
     if not to.absolute().parent.is_dir():
         raise InputError("--to", str(to), "lies in a folder that does not exist", "Make the folder first.")
-    row = find_evaluation(job, candidate)
+    with job.ledger.engine.connect() as connection:
+        row = find_evaluation(connection, job.id, candidate)
     what = writers[to.suffix](job, row, to)
     return {"job": job.id, "evaluation": row["evaluation"], "key": row["key"], "what": what, "file": str(to)}
-
-
-def find_evaluation(job: Job, candidate: str) -> dict[str, Any]:
-    """The evaluation behind a number, or the newest one of the candidate whose key begins so.
-
-    Raises:
-        InputError: none, or several candidates.
-    """
-    mine = Evaluation.job_id == job.id
-    with job.ledger.engine.connect() as connection:
-        if candidate.isdigit() and len(candidate) < 10:
-            known = connection.execute(sa.select(Evaluation.number).where(mine, Evaluation.number == int(candidate)))
-            numbers = list(known.scalars())
-        else:
-            query = (
-                sa.select(Evaluation.number, Candidate.key)
-                .join(Candidate, Candidate.id == Evaluation.candidate_id)
-                .where(mine, Candidate.key.startswith(candidate, autoescape=True))
-                .order_by(Evaluation.fidelity.desc(), Evaluation.number.desc())
-            )
-            found = connection.execute(query).all()
-            if len({key for _, key in found}) > 1:
-                raise InputError("CANDIDATE", candidate, "begins several keys", "Give more of it.")
-            numbers = [number for number, _ in found]
-        if not numbers:
-            raise InputError(
-                "CANDIDATE", candidate, "is no evaluation of this job", "`archfront front` shows numbers and keys."
-            )
-        return evaluation_rows(connection, job.id, numbers[:1])[0]
 
 
 def space_of(job: Job) -> Space:
@@ -113,22 +82,28 @@ def _trained_model(job: Job, row: dict[str, Any]) -> tuple[Any, str]:
     )
 
 
-def _compressed_model(job: Job, row: dict[str, Any], space: Space) -> Any:
+def policy_network(job: Job, row: dict[str, Any], space: Space) -> tuple[Any, Any]:
     """The network under a policy, calibrated, recovered and fine-tuned as the job did it: once more, to the same end.
-    What is quantised has its values in float."""
+    The ``Compressible`` and the module, whose float weights stay behind the quantised ones."""
     from archfront.evaluators.compression.evaluator import Compression
     from archfront.evaluators.evaluator import EvaluationContext
     from archfront.search.job import JobSpec
     from archfront.search.resolve import build_evaluators
-    from archfront.spaces.policies.quantised import bake
 
     spec = JobSpec.model_validate(job.spec)
     judges = [one for _, one in build_evaluators(spec) if isinstance(one, Compression)]
     if not judges or spec.data is None:
-        return space.build(row["genotype"]).eval()
+        return None, None
     network = judges[0].network(EvaluationContext(space=space, data=spec.data))
-    made = network.prepared(network.space.variant(row["genotype"]), row["repeat"])
-    return bake(copy.deepcopy(made)).eval()
+    return network, network.prepared(network.space.variant(row["genotype"]), row["repeat"])
+
+
+def _compressed_model(job: Job, row: dict[str, Any], space: Space) -> Any:
+    """The network under a policy; what is quantised has its values in float."""
+    from archfront.spaces.policies.quantised import bake
+
+    _, made = policy_network(job, row, space)
+    return space.build(row["genotype"]).eval() if made is None else bake(copy.deepcopy(made)).eval()
 
 
 def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:

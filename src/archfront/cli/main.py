@@ -10,7 +10,18 @@ import click
 import typer
 
 from archfront import __version__
-from archfront.cli import catalog, cluster, database, importing, keeping, profiling, reading, running
+from archfront.cli import (
+    benching,
+    catalog,
+    cluster,
+    database,
+    importing,
+    keeping,
+    optimising,
+    profiling,
+    reading,
+    running,
+)
 from archfront.cli.common import EXIT_INPUT, EXIT_INTERRUPTED, errors, print_json
 from archfront.errors import ArchfrontError
 
@@ -31,6 +42,8 @@ for command in (
     reading.jobs,
     reading.status,
     reading.front,
+    benching.bench,
+    optimising.optimize,
     keeping.export,
     keeping.report,
     keeping.gc,

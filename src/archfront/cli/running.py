@@ -27,6 +27,8 @@ from archfront.db.connection import without_password
 from archfront.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from archfront.plugins import Plugin
     from archfront.search.job import JobSpec
 
@@ -154,9 +156,21 @@ def checked_spec(file: str, plugins: Sequence[Plugin]) -> JobSpec:
     return spec
 
 
-def _follow(
-    job: Job, db: str, as_json: bool, *, ray: str | None, files: str | None, accept: bool, evaluations: int = 0
-) -> None:
+def follow(
+    job: Job,
+    db: str,
+    shown: Console,
+    *,
+    ray: str | None = None,
+    files: str | None = None,
+    accept: bool = False,
+    more: int = 0,
+) -> str:
+    """Drive a job to its end, with its progress on a console. Returns why it ended.
+
+    Raises:
+        typer.Exit: it was interrupted; says how to go on.
+    """
     from archfront.cli.display import RunDisplay
     from archfront.db.queries import job_objectives
 
@@ -168,11 +182,10 @@ def _follow(
             errors.print(f"  {line}", highlight=False)
         return typer.confirm("Go on all the same?", err=True)
 
-    shown = errors if as_json else console
     with _interruptible() as interrupted, RunDisplay(shown, job.name, job_objectives(job.spec)) as display:
         display.announce(f"job {job.id} in {without_password(db)}")
         reason = job.resume(
-            evaluations=evaluations,
+            evaluations=more,
             accept_changes=agree,
             ray_address=ray,
             files=files,
@@ -180,14 +193,21 @@ def _follow(
             announce=display.announce,
             stop=interrupted,
         )
-    if as_json:
-        print_json(job.status() | {"ended": reason})
     if reason == "stopped":
         errors.print(
             f"Interrupted; nothing is lost. Go on with: archfront resume {job.id} --db {without_password(db)}",
             highlight=False,
         )
         raise typer.Exit(EXIT_INTERRUPTED)
+    return reason
+
+
+def _follow(
+    job: Job, db: str, as_json: bool, *, ray: str | None, files: str | None, accept: bool, evaluations: int = 0
+) -> None:
+    reason = follow(job, db, errors if as_json else console, ray=ray, files=files, accept=accept, more=evaluations)
+    if as_json:
+        print_json(job.status() | {"ended": reason})
     if not as_json:
         status = job.status()
         done, failed = status["evaluations"]["done"], status["evaluations"]["failed"]

@@ -43,6 +43,11 @@ class Finalist:
         found = [c for s, c in self.timings if s["backend"] == backend and s["batch"] == batch and not c.get("error")]
         return found[-1] if found else None
 
+    def newest(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The newest timing that succeeded of each backend and batch size."""
+        found = {(s["backend"], s["batch"]): (s, c) for s, c in self.timings if not c.get("error")}
+        return list(found.values())
+
 
 @dataclass(kw_only=True)
 class Correlation:

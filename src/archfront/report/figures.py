@@ -87,3 +87,23 @@ def fronts_figure(finalists: list[Finalist], objective: str, stay: set[int], bat
     figure.update_xaxes(title=f"latency_ms (eager, batch {batch})", rangemode="tozero")
     figure.update_yaxes(title=objective)
     return figure
+
+
+def deployment_figure(deployed: list[tuple[Finalist, dict[str, Any], dict[str, Any]]]) -> Any:
+    """Time against points lost on test data, of each finalist on each backend that executes files."""
+    figure = go.Figure()
+    for backend in dict.fromkeys(settings["backend"] for _, settings, _ in deployed):
+        rows = [(f, s, t) for f, s, t in deployed if s["backend"] == backend]
+        figure.add_scatter(
+            x=[t["median_ms"] for _, _, t in rows], y=[t["test_accuracy_drop"] for _, _, t in rows],
+            error_y={"array": [2 * t["test_accuracy_drop_std"] for _, _, t in rows], "thickness": 1},
+            text=[f"{f.row['key'][:8]}, batch {s['batch']}" for f, s, _ in rows], mode="markers",
+            marker={"size": 11}, name=backend, hovertemplate="%{text}<br>%{x:.3f} ms, %{y:.2f} points",
+        )  # fmt: skip
+    for median in sorted({t["baseline"]["median_ms"] for _, _, t in deployed if t.get("baseline")}):
+        figure.add_vline(median, line={"dash": "dot", "color": "grey"}, annotation_text="the network itself")
+    figure.update_layout(
+        template="plotly_white", height=420, margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        xaxis={"title": "measured latency, ms", "type": "log"}, yaxis_title="points lost on test data (± 2 σ)",
+    )  # fmt: skip
+    return figure

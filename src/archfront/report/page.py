@@ -19,7 +19,13 @@ from archfront.export import space_of
 from archfront.plots import front_figure
 from archfront.report.drawing import draw
 from archfront.report.facts import Facts, Finalist, gather, measured_front
-from archfront.report.figures import correlation_figure, fronts_figure, history_figure, latency_figure
+from archfront.report.figures import (
+    correlation_figure,
+    deployment_figure,
+    fronts_figure,
+    history_figure,
+    latency_figure,
+)
 
 
 def write_report(job: Job, to: Path) -> None:
@@ -45,7 +51,8 @@ def _content(facts: Facts) -> dict[str, Any]:
     job = facts.job
     status = job.status(tracebacks=0)
     space = space_of(job)
-    plan = job.spec["finalists"]
+    backends = list(dict.fromkeys(s["backend"] for f in facts.finalists for s, _ in f.timings))
+    deployed = [(f, s, c) for f in facts.finalists for s, c in f.newest() if "file_bytes" in c]
     batches = sorted({s["batch"] for f in facts.finalists for s, _ in f.timings})
     return {
         "version": __version__,
@@ -59,7 +66,10 @@ def _content(facts: Facts) -> dict[str, Any]:
         "history": _html(history_figure(facts)) if len(facts.history) > 1 else None,
         "correlations": [(c, _html(correlation_figure(c))) for c in facts.correlations],
         "latency": _latency(facts, job),
-        "columns": [(backend, batch) for backend in plan["backends"] for batch in batches],
+        "columns": [(backend, batch) for backend in backends for batch in batches],
+        "trained": any(f.training for f in facts.finalists),
+        "deployed": deployed,
+        "deployed_figure": _html(deployment_figure(deployed)) if deployed else None,
         "drawings": [(f, draw(space.describe(f.row["genotype"]))) for f in facts.finalists],
         "spec": yaml.safe_dump(job.spec, sort_keys=False, width=110),
         "code": job.ledger.last_code(job.id),

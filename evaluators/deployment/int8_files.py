@@ -1,0 +1,157 @@
+"""ONNX files whose chosen layers compute in int8, made of float ones by ONNX Runtime's quantiser."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from archfront.errors import ArchfrontError
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_PASSING = (
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "ReduceMean",
+    "Pad",
+    "Slice",
+    "Concat",
+    "Add",
+)
+"""Operators that stay in int8 between convolutions, where all that they read is in int8 already."""
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class LayerNotFoundError(ArchfrontError):
+    """A layer of the network has no operator of its own in the exported file."""
+
+
+def vnni() -> bool:
+    """Whether this processor multiplies int8 without saturating sums; where it does not, weights get seven bits."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+def write_static(
+    source: Path,
+    target: Path,
+    batches: Sequence[npt.NDArray[Any]],
+    ranges: Mapping[str, tuple[float, float] | None],
+) -> None:
+    """Weights and activations of layers in int8, in ranges that are fixed.
+
+    Args:
+        source: a file of ``export_onnx``.
+        batches: that other ranges are observed on: of sums and pools between convolutions, and where none is given.
+        ranges: path of each layer that shall compute in int8 -> lowest and highest of what it reads.
+
+    Raises:
+        LayerNotFoundError: a layer has no operator.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    model = onnx.load(str(source))
+    nodes = _layer_nodes(model.graph, list(ranges))
+    name = model.graph.input[0].name
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    for path, found in nodes.items():
+        extent = ranges[path]
+        if extent is not None and extent[1] > extent[0]:
+            low, high = (np.array(bound, dtype=np.float32) for bound in extent)
+            for node in found:
+                overrides[node.input[0]] = [{"rmin": low, "rmax": high}]
+
+    class Batches(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+        def __init__(self) -> None:
+            self._left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self._left, None)
+            return None if batch is None else {name: batch}
+
+    chosen = [node for found in nodes.values() for node in found]
+    # A tensor has one range: one that a layer reads keeps the layer's, whatever else reads it.
+    with _quiet():
+        quantize_static(
+            str(source), str(target), Batches(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=not vnni(),
+            nodes_to_quantize=[node.name for node in [*chosen, *_between(model.graph, chosen)]],
+            op_types_to_quantize=[*_LAYERS, *_PASSING], extra_options={"TensorQuantOverrides": overrides},
+        )  # fmt: skip
+
+
+def write_dynamic(source: Path, target: Path, paths: Sequence[str]) -> None:
+    """Weights of linear layers in int8, and what they read in int8 in the range of each batch.
+
+    Raises:
+        LayerNotFoundError: a layer has no operator.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    nodes = _layer_nodes(onnx.load(str(source)).graph, paths)
+    names = [node.name for found in nodes.values() for node in found if node.op_type != "Conv"]
+    # The quantiser takes Gemm apart first, and names its parts so.
+    names += [f"{name}_MatMul" for name in names]
+    with _quiet():
+        quantize_dynamic(
+            str(source), str(target), per_channel=True, weight_type=QuantType.QInt8, reduce_range=not vnni(),
+            nodes_to_quantize=names or ["none"], op_types_to_quantize=["MatMul", "Gemm"],
+        )  # fmt: skip
+
+
+def _layer_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
+    """The operators of layers: by the name of their weight, or the module in which they were traced."""
+    known = {initializer.name for initializer in graph.initializer}
+    found: dict[str, list[Any]] = {path: [] for path in paths}
+    for node in graph.node:
+        if node.op_type not in _LAYERS or len(node.input) < 2 or node.input[1] not in known:
+            continue
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+        named = node.input[1].removesuffix(".weight")
+        for path in paths:
+            # Batch norms are folded into convolutions, which then carry the norm's module and their own weight's name.
+            if named == path or (named not in found and f"'{path}'" in scopes):
+                found[path].append(node)
+    for path, nodes in found.items():
+        if not nodes:
+            raise LayerNotFoundError(f"Layer {path!r} has no operator of its own in the exported network.")
+    return found
+
+
+def _between(graph: Any, chosen: Sequence[Any]) -> list[Any]:
+    """Operators that read nothing but what chosen convolutions give, or operators between."""
+    constants = {initializer.name for initializer in graph.initializer}
+    in_int8 = {output for node in chosen if node.op_type == "Conv" for output in node.output}
+    found = []
+    for node in graph.node:  # in the order in which they run
+        read = [name for name in node.input if name and name not in constants]
+        if node.op_type in _PASSING and read and all(name in in_int8 for name in read):
+            found.append(node)
+            in_int8 |= set(node.output)
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice to prepare the model, which the export has done."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
