@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from archfront.db.schema import ColumnChunk, Evaluation, MetricRow
+from archfront.db.selecting import fetched
 
 CHUNK_ROWS = 4096
 FIXED = ("seq", "number", "fidelity", "done", "violation", "finished_at")
@@ -83,13 +84,7 @@ def _chunks(connection: Connection, job_id: int) -> Sequence[Any]:
     """first_seq, last_seq, names, data, digest of a job's chunks in order."""
     columns = (ColumnChunk.first_seq, ColumnChunk.last_seq, ColumnChunk.names, ColumnChunk.data, ColumnChunk.digest)
     query = sa.select(*columns).where(ColumnChunk.job_id == job_id).order_by(ColumnChunk.first_seq)
-    if connection.dialect.name == "sqlite":
-        return connection.execute(query).all()
-    # As text, bytes come in hexadecimal: twice as many, and to be parsed.
-    compiled = query.compile(dialect=connection.dialect)
-    with connection.connection.driver_connection.cursor(binary=True) as cursor:  # type: ignore[union-attr]
-        found: list[Any] = cursor.execute(str(compiled), compiled.params).fetchall()
-    return found
+    return fetched(connection, query)
 
 
 def read_rows(

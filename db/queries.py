@@ -18,7 +18,7 @@ from archfront.db.columns import FIXED, Columns, load_columns
 from archfront.db.dominance import nondominated
 from archfront.db.expressions import Condition
 from archfront.db.schema import Attempt, Candidate, Evaluation, FrontMember, Job, MetricRow, PredictorRow, Reuse
-from archfront.db.selecting import among
+from archfront.db.selecting import among, fetched
 from archfront.errors import InputError, suggestion
 
 Fidelity = int | Literal["top", "any"]
@@ -144,7 +144,7 @@ def _bare_rows(connection: Connection, job_id: int, numbers: Sequence[int]) -> d
         .join(Candidate, Candidate.id == Evaluation.candidate_id)
         .where(Evaluation.job_id == job_id, among(connection, Evaluation.number, numbers))
     )
-    found = connection.execute(query).all()
+    found = fetched(connection, query)
     rows = {
         number: {"evaluation": number, "key": key, "genotype": genotype, "fidelity": fidelity}
         for (number, key, _, fidelity), genotype in zip(found, _parsed([row[2] for row in found]), strict=True)
