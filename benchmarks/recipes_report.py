@@ -18,6 +18,7 @@ _STYLES = {
     "search": ("tab:blue", "o"),
     "search from the recipes": ("tab:red", "D"),
 }
+SEARCHES = ("search", "search from the recipes")
 _LEAST = 0.1
 """Points that are drawn at the bottom of the logarithmic scale."""
 
@@ -101,6 +102,35 @@ def table(found: dict[str, Any], name: str) -> str:
     return "\n".join([*text, ""])
 
 
+def divergences(found: dict[str, Any]) -> str:
+    """The same policies by how far their outputs are from the network's own, and what the searches come to."""
+    lines = lines_of(found)
+    averages = sorted({row["average"] for row in found["rows"]})
+    shown = {policy: rows for policy, rows in lines.items() if not policy.endswith("random score")}
+    if any("divergence" not in row for rows in shown.values() for row in rows):
+        return ""
+    text = [
+        "| divergence from the network itself, nat, at | " + " | ".join(f"{average:g}" for average in averages) + " |",
+        "|---|" + "---|" * len(averages),
+    ]
+    for policy, rows in shown.items():
+        at = {row["average"]: row for row in rows}
+        cells = [f"{at[a]['divergence']:.4f}" if a in at else "" for a in averages]
+        text.append(f"| {policy} | " + " | ".join(cells) + " |")
+    recipes = [policy for policy in shown if policy not in ("uniform", "random", *SEARCHES)]
+    for measure, words in (("drop", "points lost"), ("divergence", "divergence")):
+        values = {policy: {row["average"]: row[measure] for row in rows} for policy, rows in shown.items()}
+        cold, warm = (values.get(name, {}) for name in SEARCHES)
+        beaten = [str(sum(cold[a] < values[r].get(a, float("inf")) for r in recipes)) for a in averages if a in cold]
+        improved = sum(warm[a] < min(values[r].get(a, float("inf")) for r in recipes) for a in averages if a in warm)
+        text += [
+            "",
+            f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets; beginning "
+            f"with them, it beats the best of them at {improved} of {len(averages)}.",
+        ]
+    return "\n".join([*text, ""])
+
+
 def _cells(rows: dict[float, dict[str, Any]], averages: list[float]) -> str:
     return " | ".join(_drop(rows.get(average)) for average in averages)
 
@@ -125,7 +155,7 @@ def main() -> None:
         if source.exists():
             found = json.loads(source.read_text())
             plot(found, name, _DOCS / f"recipes_{name}.png")
-            text.append(table(found, name))
+            text += [table(found, name), divergences(found)]
     marked = re.compile(r"(<!-- tables -->\n).*?(<!-- end -->)", flags=re.DOTALL)
     page.write_text(marked.sub(lambda m: m[1] + "\n".join(text) + m[2], page.read_text()))
     print(f"written to {page}")

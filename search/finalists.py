@@ -15,7 +15,6 @@ import numpy as np
 from archfront.db.expressions import Condition
 from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, find_evaluation, front, job_objectives
-from archfront.evaluators.compression.evaluator import Compression
 from archfront.evaluators.evaluator import Task
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.search.executors.executor import BatchResult, Executor
@@ -200,6 +199,8 @@ def _measure(
 
 def _measuring(job: ResolvedJob) -> tuple[str, int]:
     """On whose worker finalists are measured, and with how many threads: as the job's latency is, if it has one."""
+    from archfront.evaluators.compression.evaluator import Compression  # loads much that most jobs never need
+
     latency = next(((n, e) for n, e in job.evaluators if isinstance(e, Latency)), None)
     threads = 1 if latency is None else latency[1].threads
     makers = [n for n, e in job.evaluators if isinstance(e, Compression)]

@@ -41,7 +41,7 @@ def test_evolution_is_as_good_as_published() -> None:
 
 @pytest.mark.slow
 def test_evolution_is_as_good_as_published_over_many_seeds() -> None:
-    check_evolution(seeds=150)
+    check_evolution(seeds=60)
 
 
 def check_evolution(seeds: int) -> None:
@@ -57,7 +57,7 @@ def test_nsga2_covers_the_front() -> None:
 
 @pytest.mark.slow
 def test_nsga2_covers_the_front_over_many_seeds() -> None:
-    check_nsga2(seeds=300)
+    check_nsga2(seeds=120)
 
 
 def check_nsga2(seeds: int) -> None:
@@ -78,5 +78,5 @@ def test_surrogates_save_half_of_the_evaluations() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("optuna:tpe", 0.093), ("optuna:nsgaii", 0.547)])
 def test_optuna_is_as_good_as_by_itself(name: str, expected: float) -> None:
     """Our treatment of duplicates and replay costs the samplers nothing (regret after 100 evaluations)."""
-    values = regrets(name, 20, [100])
+    values = regrets(name, 10, [100])
     assert values.mean() <= expected + within(values, 0)
