@@ -125,8 +125,8 @@ def divergences(found: dict[str, Any]) -> str:
         improved = sum(warm[a] < min(values[r].get(a, float("inf")) for r in recipes) for a in averages if a in warm)
         text += [
             "",
-            f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets; beginning "
-            f"with them, it beats the best of them at {improved} of {len(averages)}.",
+            f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets; "
+            f"beginning with them, it beats the best of them at {improved} of {len(averages)}.",
         ]
     return "\n".join([*text, ""])
 
