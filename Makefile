@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak kernels lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -30,11 +30,15 @@ test: venv
 	$(BIN)/pytest -q -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: venv
-	$(BIN)/pytest -q -m "slow and not soak" --durations=15
+	$(BIN)/pytest -q -m "slow and not soak and not kernels" --durations=15
 
 # The kill-anything suite: a cluster on network namespaces of this machine (Linux, root, iproute2). Part of test-all.
 test-cluster: venv
-	$(BIN)/pytest -q -m "slow and not soak" --durations=20 tests/cluster
+	$(BIN)/pytest -q -m "slow and not soak and not kernels" --durations=20 tests/cluster
+
+# Every setting of every kernel, compiled for three GPUs without one: about half an hour.
+kernels: venv
+	$(BIN)/pytest -q -m kernels tests/kernels
 
 soak: venv
 	$(BIN)/pytest -q -m soak -s tests/cluster
@@ -73,7 +77,7 @@ bench-few-shot: venv
 
 # The kill-anything suite again, with its figures kept.
 bench-faults: venv
-	ARCHFRONT_FAULTS=benchmarks/faults.json $(BIN)/pytest -q -m "slow and not soak" tests/cluster/test_kill_anything.py
+	ARCHFRONT_FAULTS=benchmarks/faults.json $(BIN)/pytest -q -m "slow and not soak and not kernels" tests/cluster/test_kill_anything.py
 	$(BIN)/python benchmarks/faults.py
 
 # What docker-compose.yml wants to find in ./secrets.
