@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak kernels lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak kernels lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes bench-kernels secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -70,6 +70,10 @@ bench-recipes: venv
 
 bench-policies: venv
 	$(BIN)/python benchmarks/policy_speed.py
+
+# Every Triton operator against its floor and the best baseline: needs a GPU.
+bench-kernels: venv
+	PYTHONPATH=src $(BIN)/python benchmarks/kernels/run.py --correctness --tune --configs kernels/configs
 
 # Needs the public tables: ARCHFRONT_DATA.
 bench-few-shot: venv

@@ -70,12 +70,20 @@ def own_folder() -> Path:
 
 
 def tune(
-    operator: str, key: str, candidates: Iterable[Setting], run: Callable[[Setting], Any], device: torch.device
+    operator: str,
+    key: str,
+    candidates: Iterable[Setting],
+    run: Callable[[Setting], Any],
+    device: torch.device,
+    *,
+    time_ms: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Setting:
     """Measure candidates on a device, interleaved, and keep the fastest in the user's table.
 
     Args:
         run: launches the kernel once with a setting. A setting that the GPU has no room for is left out.
+        time_ms: times a call; where not given, by events around some of them, which have the launches of small
+            kernels in them.
 
     Raises:
         ValueError: no candidate runs.
@@ -93,7 +101,7 @@ def tune(
     times: list[list[float]] = [[] for _ in runnable]
     for _ in range(_ROUNDS):
         for setting, found in zip(runnable, times, strict=True):
-            found.append(_time_ms(lambda setting=setting: run(setting)))  # type: ignore[misc]
+            found.append((time_ms or _time_ms)(lambda setting=setting: run(setting)))  # type: ignore[misc]
     best = runnable[min(range(len(runnable)), key=lambda i: statistics.median(times[i]))]
     keep(torch.cuda.get_device_name(device), operator, key, best)
     return best

@@ -7,9 +7,37 @@ no device.
 
 from __future__ import annotations
 
-from archfront.kernels.ops import depthwise
+from archfront.kernels.ops import (
+    block_sparse_linear,
+    depthwise,
+    dequantise_weight,
+    evonorm,
+    fp8_linear,
+    int8_linear,
+    inverted_residual,
+    pattern_attention,
+    quantise_rows,
+    shared_pattern_linear,
+    token_matching,
+    token_merging,
+    weight_only_linear,
+)
 
-MODULES = (depthwise,)
+MODULES = (
+    depthwise,
+    pattern_attention,
+    token_matching,
+    token_merging,
+    quantise_rows,
+    int8_linear,
+    fp8_linear,
+    dequantise_weight,
+    weight_only_linear,
+    evonorm,
+    block_sparse_linear,
+    shared_pattern_linear,
+    inverted_residual,
+)
 """All modules of operators; each has ``OPERATORS``, the names that it registers, and ``compile_cases()``."""
 
 OPERATORS = tuple(name for module in MODULES for name in module.OPERATORS)
