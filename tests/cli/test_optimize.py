@@ -51,9 +51,9 @@ def test_candidates_on_every_backend_against_the_network_itself(archfront: Comma
     code, _, err = archfront("run", str(file))
     assert code == 0, err
 
-    rows = rows_of(archfront, "0", "2", "--backends", "eager,onnx,onnx-int8,onnx-int8-dynamic")
+    rows = rows_of(archfront, "0", "2", "--backends", "eager,onnx,onnx-int8")
     assert {(row["evaluation"], row["backend"]) for row in rows} == {
-        (number, backend) for number in (0, 2) for backend in ("eager", "onnx", "onnx-int8", "onnx-int8-dynamic")
+        (number, backend) for number in (0, 2) for backend in ("eager", "onnx", "onnx-int8")
     }
     for row in rows:
         assert row["error"] is None
@@ -61,7 +61,7 @@ def test_candidates_on_every_backend_against_the_network_itself(archfront: Comma
         assert row["baseline"]["backend"] in ("eager", "onnx")
         assert ("test_accuracy_drop" in row) == (row["backend"] != "eager")
     # Once measured it is not measured again; another backend is.
-    again = rows_of(archfront, "0", "2", "--backends", "eager,onnx,onnx-int8,onnx-int8-dynamic")
+    again = rows_of(archfront, "0", "2", "--backends", "eager,onnx,onnx-int8")
     assert again == rows
 
     code, _, err = archfront("bench", "last", "0", "--backends", "onnx-int9")
@@ -74,7 +74,7 @@ def test_candidates_on_every_backend_against_the_network_itself(archfront: Comma
     assert code == 0, err
     page = (tmp_path / "report.html").read_text()
     assert "As files" in page
-    assert "onnx-int8-dynamic" in page
+    assert "onnx-int8" in page
 
 
 def test_backends_of_policies_are_refused_elsewhere(archfront: Command, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_lost_finalist_is_trained_again(tmp_path: Path, plugin: Path) -> None:
     losing = Losing(3, with_ray=False)
     losing._simulate = train
     losing.start()
-    assert _train(ledger, job_id, run_id, job, losing, chosen, lambda _: None, lambda: False)
+    assert _train(ledger, job_id, run_id, job, losing, 3, chosen, lambda _: None, lambda: False)
     kept = ledger.benchmarks(job_id)
     assert sorted(row["number"] for row in kept) == [0, 1]
     assert all(row["content"]["accuracy"] == 90.0 for row in kept)
