@@ -158,7 +158,7 @@ def best(rows: Sequence[Mapping[str, Any]], sizes: Mapping[int, float], wish: Wi
         if wish.model_mb is not None:
             if choice.model_mb > wish.model_mb:
                 continue
-        elif not choice.certain or choice.speedup <= 1:
+        elif not choice.certain:
             continue
         found.append(choice)
     return max(found, key=lambda choice: choice.speedup, default=None)

@@ -72,7 +72,8 @@ def optimize(
     if found.state != "done":
         say(f"If this is interrupted, go on with: archfront optimize --job {found.id} --to {to} --db {db}")
         follow(found, db, shown, accept=True)
-    rows = measured(found)
+    # The job may have been measured at other batch sizes too, by bench.
+    rows = [row for row in measured(found) if row["batch"] == 1]
     with found.ledger.engine.connect() as connection:
         sizes = {
             number: float(find_evaluation(connection, found.id, str(number))["metrics"]["model_mb"])

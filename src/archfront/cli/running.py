@@ -45,7 +45,7 @@ def run(
         str | None, typer.Option(help="Begin with this recipe's policies; without a job file, evaluate these alone.")
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option(help='Of the recipe, a policy each: "weight_mb <= 6.7", "... and gbops <= 3".')
+        list[str] | None, typer.Option(help='Of the recipe, a policy each: "model_mb <= 6.7", "... and gbops <= 3".')
     ] = None,
     model: Annotated[str | None, typer.Option(help="Of the recipe: exported weights, or a mapping in YAML.")] = None,
     data: Annotated[str | None, typer.Option(help="Of the recipe: a data set's name, or a mapping.")] = None,
