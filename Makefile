@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: venv demo test test-all test-cluster soak kernels lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-recipes bench-kernels secrets wheel-check
+.PHONY: venv demo test test-all test-cluster soak kernels lint bench bench-million bench-scale bench-faults bench-latency bench-few-shot bench-spaces bench-policies bench-finalists bench-recipes bench-kernels secrets wheel-check
 
 venv: $(VENV)/.ready
 
@@ -75,6 +75,10 @@ bench-recipes: venv
 
 bench-policies: venv
 	$(BIN)/python benchmarks/policy_speed.py
+
+# Finalists as files on this processor: needs ARCHFRONT_DATA, and half an hour of a machine with nothing else to do.
+bench-finalists: venv
+	$(BIN)/python benchmarks/finalists.py
 
 # Every Triton operator against its floor and the best baseline: needs a GPU.
 bench-kernels: venv

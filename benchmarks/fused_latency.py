@@ -19,7 +19,7 @@ from machine import machine, show, write_json
 from scipy.stats import spearmanr
 
 from archfront.evaluators.latency.device import fingerprint
-from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
+from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import Profile, profile_operators
 from archfront.spaces.registry import SPACES
@@ -57,7 +57,7 @@ def main() -> None:
     for backend in backends:
         begun = time.perf_counter()
         items = [{"genotype": genotype, "batch": 1, "backend": backend} for genotype in genotypes]
-        ms, _ = medians_elsewhere(SPACE, items, threads=options.threads, settings=settings, timeout_s=3600)
+        ms, _ = quiet_elsewhere(SPACE, items, threads=options.threads, settings=settings, timeout_s=3600)
         seconds = time.perf_counter() - begun
         print(f"{backend}: {len(items)} networks measured in {seconds:.0f} s", flush=True)
         found = NetworkLatency(profile).fit(traces[tests:], ms[tests:]).predict(traces[:tests], CONFIDENCE)

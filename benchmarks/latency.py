@@ -24,7 +24,8 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from archfront.evaluators.latency.device import fingerprint
-from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
+from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
+from archfront.evaluators.latency.network_profile import NETWORKS, RANDOM_NETWORKS
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.profile import Profile, profile_operators
@@ -68,37 +69,44 @@ def traces_of(space: FBNet, genotypes: Sequence[Any], models: Sequence[str]) -> 
     return found
 
 
-def measure_all(items: Sequence[dict[str, Any]], threads: int, settings: Settings, processes: int) -> np.ndarray:
-    """``(n,)`` ms: of each network the least median of several processes, since load only ever adds."""
-    times = np.full((processes, len(items)), np.nan)
+def measure_all(
+    items: Sequence[dict[str, Any]], threads: int, settings: Settings, processes: int, probe_ms: float | None
+) -> np.ndarray:
+    """``(n,)`` ms, undisturbed, at the profile's pace: of several processes the least, since load only ever adds."""
+    times = np.full((2 * processes, len(items)), np.nan)
     small = [i for i, item in enumerate(items) if "genotype" in item]
     large = [i for i, item in enumerate(items) if "model" in item]
     # A process shifts all its figures alike, so what is fitted and what is tested is measured together.
     count = max(1, len(large) // 8)
     chunks = [small, *(large[i::count] for i in range(count))]
-    for process in range(processes):
-        for chunk in chunks:
-            times[process, chunk], _ = medians_elsewhere(
-                SPACE, [items[i] for i in chunk], threads=threads, settings=settings, timeout_s=900
+    for process in range(2 * processes):
+        # Small ones take little time, and are the more disturbed.
+        for chunk in chunks if process < processes else [small]:
+            times[process, chunk], _ = quiet_elsewhere(
+                SPACE, [items[i] for i in chunk], threads=threads, settings=settings, timeout_s=900, probe_ms=probe_ms
             )
-    return times.min(axis=0)
+    return np.nanmin(times, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Networks of one kind: those to predict, and others that the correction is fitted to."""
+    """Networks of one kind: those to predict, and others that the correction is fitted to, of which some are such as
+    will be asked for, and give the intervals."""
 
     tests: Sequence[Trace]
     test_ms: np.ndarray
     others: Sequence[Trace]
     other_ms: np.ndarray
+    alike: Sequence[bool]
 
 
 Fitted = Callable[[Part], Any]
 
 
 def operators_of(profile: Profile) -> Fitted:
-    return lambda part: NetworkLatency(profile).fit(part.others, part.other_ms).predict(part.tests, CONFIDENCE)
+    return lambda part: (
+        NetworkLatency(profile).fit(part.others, part.other_ms, part.alike).predict(part.tests, CONFIDENCE)
+    )
 
 
 def counted(count: Callable[[Trace], float]) -> Fitted:
@@ -133,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     facts, console = machine(), Console()
-    tiny, spread, models, other_models = 100, 24, TEST_MODELS, OTHER_MODELS
+    tiny, spread, models, other_models = 100, NETWORKS, TEST_MODELS, OTHER_MODELS
     settings = Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     if options.quick:
         tiny, spread, models, other_models = 4, 10, ("lcnet_050", "lcnet_075"), QUICK_MODELS
@@ -141,7 +149,8 @@ def main() -> None:
     space = SPACES.build(SPACE, "space")
     assert isinstance(space, FBNet)
     tests = space.to_json(space.sample(np.random.default_rng(0), tiny))
-    others = space.to_json(space.sample_spread(np.random.default_rng(1), spread))
+    rng = np.random.default_rng(1)
+    others = space.to_json(space.sample_spread(rng, spread)) + space.to_json(space.sample(rng, RANDOM_NETWORKS))
     small, large = traces_of(space, [*tests, *others], []), traces_of(space, [], [*models, *other_models])
     start = time.perf_counter()
     profile = profile_operators(
@@ -152,13 +161,16 @@ def main() -> None:
     profile_s = time.perf_counter() - start
     start = time.perf_counter()
     items = [{"genotype": g} for g in (*tests, *others)] + [{"model": f"timm:{m}"} for m in (*models, *other_models)]
-    times = measure_all(items, options.threads, settings, options.processes)
+    times = measure_all(items, options.threads, settings, options.processes, profile.probe_ms)
     measure_s = time.perf_counter() - start
 
     small_ms, large_ms = times[: len(small)], times[len(small) :]
     parts = [
-        Part(tests=traces[:count], test_ms=ms[:count], others=traces[count:], other_ms=ms[count:])
-        for traces, ms, count in ((small, small_ms, tiny), (large, large_ms, len(models)))
+        Part(tests=traces[:count], test_ms=ms[:count], others=traces[count:], other_ms=ms[count:], alike=alike)
+        for traces, ms, count, alike in (
+            (small, small_ms, tiny, [False] * spread + [True] * RANDOM_NETWORKS),
+            (large, large_ms, len(models), [True] * len(other_models)),
+        )
     ]
     seen = {o.call for part in parts for t in part.others for o in t.operators}
     less = replace(profile, ms={c: v for c, v in profile.ms.items() if c in seen})

@@ -114,11 +114,15 @@ def file_call(path: Path | str, runtime: str, batch: int, shape: Sequence[int], 
     Args:
         shape: of one sample.
     """
-    run = runner(path, runtime, threads)
+    run, feed = runner(path, runtime, threads), drawn_feed(path, batch, shape)
+    return lambda: run(feed)
+
+
+def drawn_feed(path: Path | str, batch: int, shape: Sequence[int]) -> npt.NDArray[Any]:
+    """A batch for a file, drawn from torch's global generator."""
     kind = onnx_session(path, 1).get_inputs()[0].type
     drawn = torch.randn(batch, *shape).numpy()
-    feed = np.ascontiguousarray(drawn if kind == "tensor(float)" else np.abs(drawn), dtype=_TYPES[kind])
-    return lambda: run(feed)
+    return np.ascontiguousarray(drawn if kind == "tensor(float)" else np.abs(drawn), dtype=_TYPES[kind])
 
 
 def outputs(path: Path | str, runtime: str, batches: Sequence[Tensor], threads: int) -> Tensor:

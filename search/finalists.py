@@ -16,9 +16,10 @@ from archfront.db.expressions import Condition
 from archfront.db.ledger import Ledger
 from archfront.db.queries import FrontQuery, find_evaluation, front, job_objectives
 from archfront.evaluators.evaluator import Task
+from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.search.executors.executor import BatchResult, Executor
-from archfront.search.job import FLOAT_BACKENDS, Finalists
+from archfront.search.job import COMPILED_BACKENDS, FLOAT_BACKENDS, Finalists
 from archfront.search.resolve import ResolvedJob, check_backends
 from archfront.spaces.policies.policy_chain import has_policies
 
@@ -157,7 +158,10 @@ def _measure(
     announce: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> bool:
-    name, threads = _measuring(job)
+    name, threads, latency_device = _measuring(job)
+    device = plan.device or latency_device
+    # Rows that name no device are the processor's, as all once were.
+    place = {} if device == LOCAL_CPU else {"device": device}
     policies = has_policies(job.space)
     # What the network itself runs on, to compare with the fastest of them.
     floats = [backend for backend in plan.backends if backend in FLOAT_BACKENDS] if policies else []
@@ -165,9 +169,13 @@ def _measure(
         missing = [
             (row, settings)
             for backend in plan.backends
-            for row in (finalists[: plan.compiled] if backend == "compile" else finalists)
+            for row in (finalists[: plan.compiled] if backend in COMPILED_BACKENDS else finalists)
             if not _is_there(
-                ledger, job_id, row, "latency", settings := {"backend": backend, "batch": batch, "threads": threads}
+                ledger,
+                job_id,
+                row,
+                "latency",
+                settings := {"backend": backend, "batch": batch, "threads": threads, **place},
             )
         ]
         if not missing:
@@ -176,14 +184,14 @@ def _measure(
             return False
         backends = list(dict.fromkeys(str(settings["backend"]) for _, settings in missing))
         count = len({row["evaluation"] for row, _ in missing})
-        announce(f"measuring {count} finalists: {', '.join(backends)}, batch {batch}, {threads} threads")
+        announce(f"measuring {count} finalists: {', '.join(backends)}, batch {batch}, {threads} threads, {device}")
         items: list[dict[str, Any]] = [
             {"genotype": row["genotype"], "batch": batch, "backend": settings["backend"]} for row, settings in missing
         ]
         items += [{"untouched": True, "batch": batch, "backend": backend} for backend in floats]
         # Measured together, interleaved: so a slow spell of the machine meets all finalists and backends alike.
         limit_s = _MEASURE_S * len(backends)
-        request = {"items": items, "threads": threads, "timeout_s": limit_s}
+        request = {"items": items, "threads": threads, "timeout_s": limit_s, "device": device}
         timings, environment = executor.call(name, "measure", request, 2 * limit_s)
         baseline = _fastest(floats, timings[len(missing) :])
         for (row, settings), timing in zip(missing, timings[: len(missing)], strict=True):
@@ -197,16 +205,17 @@ def _measure(
     return True
 
 
-def _measuring(job: ResolvedJob) -> tuple[str, int]:
-    """On whose worker finalists are measured, and with how many threads: as the job's latency is, if it has one."""
+def _measuring(job: ResolvedJob) -> tuple[str, int, str]:
+    """On whose worker finalists are measured, with how many threads, on which device: as the job's latency is, if it
+    has one."""
     from archfront.evaluators.compression.evaluator import Compression  # loads much that most jobs never need
 
     latency = next(((n, e) for n, e in job.evaluators if isinstance(e, Latency)), None)
-    threads = 1 if latency is None else latency[1].threads
+    threads, device = (1, LOCAL_CPU) if latency is None else (latency[1].threads, latency[1].device)
     makers = [n for n, e in job.evaluators if isinstance(e, Compression)]
     if makers:  # who makes networks of policies
-        return makers[0], threads
-    return (job.evaluators[0][0] if latency is None else latency[0]), threads
+        return makers[0], threads, device
+    return (job.evaluators[0][0] if latency is None else latency[0]), threads, device
 
 
 def _fastest(backends: Sequence[str], timings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -83,9 +83,14 @@ class Workers(WorkerNeeds):
 
 
 Backend = Literal[
-    "eager", "compile", "cuda-graph", "onnx", "onnx-int8", "onnx-int8-dynamic", "openvino", "openvino-int8"
-]
-FLOAT_BACKENDS = ("eager", "compile", "cuda-graph", "onnx", "openvino")
+    "eager", "compile", "cuda-graph", "onnx", "onnx-int8", "onnx-int8-dynamic", "openvino", "openvino-int8",
+    "pt2e", "torch-int8-dynamic", "half", "half-compile", "half-graph", "triton", "triton-graph",
+]  # fmt: skip
+COMPILED_BACKENDS = ("compile", "half-compile", "pt2e")
+"""Those that compile each network, which takes from seconds to minutes."""
+GPU_BACKENDS = ("cuda-graph", "half", "half-compile", "half-graph", "triton", "triton-graph")
+"""Those that need a GPU; on one there are ``eager`` and ``compile`` besides."""
+FLOAT_BACKENDS = ("eager", "compile", "cuda-graph", "onnx", "openvino", "half", "half-compile", "half-graph")
 """Those that the network itself, uncompressed, is measured with, to compare policies with the fastest."""
 
 
@@ -96,7 +101,13 @@ class Finalists(_Section):
     backends: list[Backend] = ["eager"]
     batches: list[Annotated[int, Field(ge=1)]] = [1]
     epochs: Annotated[int | None, Field(ge=1, description="epochs of the final training; none if not set")] = None
-    compiled: Annotated[int | None, Field(ge=0, description="how many of them to compile; all if not set")] = None
+    compiled: Annotated[
+        int | None, Field(ge=0, description="how many of them to compile, for pt2e too; all if not set")
+    ] = None
+    device: Annotated[
+        str | None,
+        Field(pattern=r"^(local-cpu|cuda:\d+)$", description="local-cpu or cuda:N; the latency's if not set"),
+    ] = None
     where: Annotated[str | None, Field(description="what members must hold to be chosen, e.g. accuracy >= 90")] = None
 
 

@@ -29,6 +29,7 @@ def stored_profile(ledger: Ledger, device: Fingerprint) -> Profile:
             std_ms={**profile.std_ms, **part.std_ms},
             facts={**profile.facts, **part.facts},
             failed={**profile.failed, **part.failed},
+            probe_ms=profile.probe_ms or part.probe_ms,
         )
     return profile
 

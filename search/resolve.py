@@ -27,7 +27,8 @@ from archfront.spaces.policies.policy_chain import has_policies
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
 
-_OF_POLICIES = ("onnx-int8", "onnx-int8-dynamic", "openvino", "openvino-int8")
+_OF_ALL = ("eager", "compile", "cuda-graph", "onnx", "half", "half-compile", "half-graph")
+"""Backends of any networks; the others execute compressed ones."""
 _RESERVED = {*FIXED, "evaluation", "key", "genotype"}
 
 
@@ -152,11 +153,9 @@ def check_backends(plan: Finalists, space: Space) -> None:
     """
     if plan.count and not has_policies(space):
         for i, backend in enumerate(plan.backends):
-            if backend in _OF_POLICIES:
+            if backend not in _OF_ALL:
                 problem = f"executes compressed networks, and {space.name!r} has no policies"
-                raise InputError(
-                    f"finalists.backends.{i}", backend, problem, "Give eager, compile, onnx or cuda-graph."
-                )
+                raise InputError(f"finalists.backends.{i}", backend, problem, f"Give {', '.join(_OF_ALL)}.")
 
 
 def build_evaluators(spec: JobSpec) -> list[tuple[str, Evaluator]]:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from archfront.db.schema import DEVICE_LENGTH, NAME_LENGTH
+from archfront.evaluators.deployment.student_files import recorded
 from archfront.evaluators.evaluator import Evaluated, EvaluationContext, Evaluator, Metric, Provenance, Task
+from archfront.evaluators.latency.device import LOCAL_CPU, check_device
 from archfront.evaluators.latency.measurement import measured_elsewhere
 from archfront.plugins import Plugin
 from archfront.search.job import JobSpec
@@ -87,10 +89,13 @@ class Worker:
         """
         found = dict(self._evaluators)[evaluator]
         if method == "measure":
+            check_device(arguments.get("device", LOCAL_CPU), "finalists.device")
             with found.deployed(arguments["items"], self.context) as (items, facts):
                 timings, environment = measured_elsewhere(
                     self._space, **{**arguments, "items": items}, plugins=self.context.plugins
                 )
+                # While the files are there: what only the measuring process could find out.
+                facts = [known | recorded(item) for known, item in zip(facts, items, strict=True)]
             return [asdict(timing) | known for timing, known in zip(timings, facts, strict=True)], environment
         methods = {"prepare_key": found.prepare_key, "device_key": found.device_key, "prepare": found.prepare}
         return methods[method](self.context)

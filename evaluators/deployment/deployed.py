@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from archfront.evaluators.compression.compressible import Compressible, judged_outputs
 from archfront.evaluators.datasets.dataset import SplitName
-from archfront.evaluators.deployment.int8_files import write_dynamic, write_static
-from archfront.evaluators.onnx_files import export_onnx, outputs
+from archfront.evaluators.deployment.int8_files import file_layers, write_dynamic, write_static
+from archfront.evaluators.deployment.layer_times import LayerNode
+from archfront.evaluators.deployment.student_files import (
+    KERNEL_BACKENDS,
+    accuracy_facts,
+    write_samples,
+    write_student,
+)
+from archfront.evaluators.deployment.torch_int8_files import write_pt2e, write_torchscript
+from archfront.evaluators.onnx_files import RUNTIMES, export_onnx, runner
+from archfront.evaluators.torch_files import runner as torch_runner
 from archfront.spaces.policies.quantised import bake, input_bits, weight_quantiser, without_input_quantisers
 from archfront.spaces.policies.quantiser import ActivationQuantiser
 
-Form = Literal["float", "static", "dynamic"]
+Form = Literal["float", "static", "dynamic", "torch-static", "torch-dynamic"]
 
 
 class FileBackend(NamedTuple):
@@ -25,8 +36,8 @@ class FileBackend(NamedTuple):
 
     Attributes:
         form: ``float``; ``static``: layers in int8, in ranges that are fixed; ``dynamic``: linear layers in int8, in
-            the ranges of each batch.
-        runtime: see ``onnx_files``.
+            the ranges of each batch. As ONNX, or as files of torch's own.
+        runtime: see ``onnx_files`` and ``torch_files``.
     """
 
     form: Form
@@ -39,7 +50,13 @@ FILE_BACKENDS = {
     "onnx-int8-dynamic": FileBackend("dynamic", "onnx"),
     "openvino": FileBackend("float", "openvino"),
     "openvino-int8": FileBackend("static", "openvino"),
+    "pt2e": FileBackend("torch-static", "inductor"),
+    "torch-int8-dynamic": FileBackend("torch-dynamic", "torchscript"),
 }
+
+_SUFFIXES: dict[Form, str] = {"torch-static": ".pt2", "torch-dynamic": ".pt"}
+"""Of files that are no ONNX."""
+_OF_LINEAR_LAYERS: tuple[Form, ...] = ("dynamic", "torch-dynamic")
 
 _INT8 = 8
 _JUDGED = 2000
@@ -74,7 +91,7 @@ class Deployment:
 
     def __init__(self, network: Compressible, student: nn.Module, folder: Path, name: str) -> None:
         self._network, self._folder, self._name = network, folder, name
-        self._ranges = int8_layers(student)
+        self._student, self._ranges = student, int8_layers(student)
         self._plain = bake(without_input_quantisers(copy.deepcopy(student))).eval()
         self._files: dict[Form, Path] = {}
 
@@ -82,23 +99,38 @@ class Deployment:
         """The file, made when it is first asked for.
 
         Raises:
-            MissingExtraError: onnx or onnxruntime is not installed.
+            MissingExtraError: onnx, onnxruntime or torchao is not installed.
             LayerNotFoundError: a layer of the policy is none in the file.
             ValueError: the policy has no layer for int8.
         """
         if form not in self._files:
-            path = self._folder / f"{self._name}-{form}.onnx"
-            if form == "float":
-                export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
-            elif not self._ranges:
-                raise ValueError("the policy has no layer of 8 bits or fewer in weights and inputs")
-            elif form == "static":
-                batches = [batch.numpy() for batch in self._network.calibration]
-                write_static(self.file("float"), path, batches, self._ranges)
-            else:
-                write_dynamic(self.file("float"), path, list(self._ranges))
+            path = self._folder / f"{self._name}-{form}{_SUFFIXES.get(form, '.onnx')}"
+            self._write(form, path)
             self._files[form] = path
         return self._files[form]
+
+    def _write(self, form: Form, path: Path) -> None:
+        batches = self._network.calibration
+        if form != "float" and not self._in_int8(form):
+            kind = "linear layer" if form in _OF_LINEAR_LAYERS else "layer"
+            raise ValueError(f"the policy has no {kind} of 8 bits or fewer in weights and inputs")
+        if form == "float":
+            export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
+        elif form == "static":
+            write_static(self.file("float"), path, [batch.numpy() for batch in batches], self._ranges)
+        elif form == "dynamic":
+            write_dynamic(self.file("float"), path, self._in_int8(form))
+        elif form == "torch-static":
+            write_pt2e(self._plain, path, batches, self._ranges)
+        else:
+            write_torchscript(self._plain, path, batches[0][:2], self._in_int8(form))
+
+    def _in_int8(self, form: Form) -> list[str]:
+        """Paths of the layers that a file has in int8."""
+        if form == "float":
+            return []
+        linear = form in _OF_LINEAR_LAYERS
+        return [p for p in self._ranges if not linear or isinstance(self._plain.get_submodule(p), nn.Linear)]
 
     def facts(self, backend: FileBackend, threads: int) -> dict[str, Any]:
         """Of a file: its bytes, how many layers are in int8, and how accurate it is on validation and test data,
@@ -106,29 +138,65 @@ class Deployment:
         path = self.file(backend.form)
         found: dict[str, Any] = {
             "file_bytes": sum(file.stat().st_size for file in self._folder.glob(f"{path.name}*")),
-            "int8_layers": 0 if backend.form == "float" else len(self._ranges),
+            "int8_layers": len(self._in_int8(backend.form)),
         }
-        network = self._network
-        count = min(_JUDGED, len(network.data.split["validation"]))
-        parts: list[tuple[str, SplitName, int | None]] = [("", "validation", count), ("test_", "test", None)]
-        for prefix, part, some in parts:
-            batches, labels = network.inputs(part, some)
-            own = network.own_logits(part, some, 0, batches)
-            judged = judged_outputs(labels, own, outputs(path, backend.runtime, batches, threads))
-            found |= {
-                f"{prefix}accuracy": judged.accuracy,
-                f"{prefix}accuracy_drop": judged.drop,
-                f"{prefix}accuracy_drop_std": judged.drop_std,
-                f"{prefix}divergence": judged.divergence,
-            }
+        parts = judged_parts(self._network)
+        most = max(len(batch) for batches, _, _ in parts.values() for batch in batches)
+        run = _runner(path, backend.runtime, threads, most)
+        for prefix, (batches, labels, own) in parts.items():
+            judged = judged_outputs(labels, own, torch.cat([run(batch) for batch in batches]))
+            found |= accuracy_facts(prefix, judged)
         return found
+
+    def layers(self) -> list[LayerNode]:
+        """The operators of ONNX files whose times are told apart."""
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        paths = [path for path, layer in self._plain.named_modules() if isinstance(layer, kinds)]
+        return file_layers(self.file("float"), paths)
+
+    def student(self) -> Path:
+        """The network's state and the policy's codes, for backends of kernels; made when it is first asked for."""
+        from archfront.evaluators.deployment.kernel_layers import layer_plans  # triton is not everywhere
+
+        path = self._folder / f"{self._name}-student.safetensors"
+        if not path.exists():
+            write_student(path, self._plain, layer_plans(self._student))
+        return path
+
+
+def _runner(path: Path, runtime: str, threads: int, most: int) -> Callable[[Tensor], Tensor]:
+    """What computes a file's first output, for batches of so many samples or fewer."""
+    if runtime not in RUNTIMES:
+        return torch_runner(path, runtime, threads, most)
+    run = runner(path, runtime, threads)
+    return lambda batch: torch.from_numpy(run(np.ascontiguousarray(batch.numpy())))
+
+
+def judged_parts(network: Compressible) -> dict[str, tuple[list[Tensor], Tensor, Tensor]]:
+    """What a network is judged on where it runs: beginning of the figures' names -> batches, labels, and the logits of
+    the network itself."""
+    count = min(_JUDGED, len(network.data.split["validation"]))
+    parts: list[tuple[str, SplitName, int | None]] = [("", "validation", count), ("test_", "test", None)]
+    found = {}
+    for prefix, part, some in parts:
+        batches, labels = network.inputs(part, some)
+        found[prefix] = (batches, labels, network.own_logits(part, some, 0, batches))
+    return found
+
+
+def _for_kernels(network: Compressible, deployment: Deployment, folder: Path, name: str) -> dict[str, str]:
+    """Files of an item that gets its kernels, and is judged, in the measuring process."""
+    samples = folder / "samples.safetensors"
+    if not samples.exists():
+        write_samples(samples, judged_parts(network))
+    return {"student": str(deployment.student()), "samples": str(samples), "record": str(folder / f"{name}.json")}
 
 
 def deployed_items(
     network: Compressible, items: Sequence[Mapping[str, Any]], folder: Path, threads: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Items for the measuring process, in which files stand for what file backends shall execute, and what is known of
-    each file.
+    each file. Items of ``KERNEL_BACKENDS`` get files that the process reads, and one for what it finds out.
 
     Args:
         items: see ``measurement.measured_elsewhere``; policies by ``genotype``, or ``untouched``.
@@ -138,10 +206,11 @@ def deployed_items(
     known: dict[tuple[str, str], dict[str, Any]] = {}
     to_measure: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
-    shape = list(network.space.source.example().shape[1:])
+    example = network.space.source.example()
+    given = {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")}
     for item in items:
         backend = FILE_BACKENDS.get(item.get("backend", "eager"))
-        if backend is None:
+        if backend is None and item.get("backend") not in KERNEL_BACKENDS:
             to_measure.append(dict(item))
             facts.append({})
             continue
@@ -151,6 +220,10 @@ def deployed_items(
                 policy = network.space.untouched() if item.get("untouched") else network.space.variant(item["genotype"])
                 student = network.model if item.get("untouched") else network.prepared(policy)
                 made[key] = Deployment(network, student, folder, f"network-{len(made)}")
+            if backend is None:
+                to_measure.append({**item, **_for_kernels(network, made[key], folder, f"item-{len(to_measure)}")})
+                facts.append({})
+                continue
             place = made[key].file(backend.form)
             if (key, item["backend"]) not in known:
                 known[key, item["backend"]] = made[key].facts(backend, threads)
@@ -158,8 +231,7 @@ def deployed_items(
             to_measure.append({"problem": f"{type(error).__name__}: {error}", "batch": item.get("batch", 1)})
             facts.append({})
             continue
-        to_measure.append(
-            {"file": str(place), "runtime": backend.runtime, "shape": shape, "batch": item.get("batch", 1)}
-        )
+        file = {"file": str(place), "runtime": backend.runtime, "batch": item.get("batch", 1), **given}
+        to_measure.append(file | ({"layers": made[key].layers()} if backend.runtime == "onnx" else {}))
         facts.append(known[key, item["backend"]])
     return to_measure, facts

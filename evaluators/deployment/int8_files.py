@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import ArchfrontError
+from archfront.evaluators.deployment.layer_times import LayerNode
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _PASSING = (
@@ -64,7 +66,7 @@ def write_static(
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     model = onnx.load(str(source))
-    nodes = _layer_nodes(model.graph, list(ranges))
+    nodes = _found_nodes(model.graph, list(ranges))
     name = model.graph.input[0].name
     overrides: dict[str, list[dict[str, Any]]] = {}
     for path, found in nodes.items():
@@ -102,7 +104,7 @@ def write_dynamic(source: Path, target: Path, paths: Sequence[str]) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    nodes = _layer_nodes(onnx.load(str(source)).graph, paths)
+    nodes = _found_nodes(onnx.load(str(source)).graph, paths)
     names = [node.name for found in nodes.values() for node in found if node.op_type != "Conv"]
     # The quantiser takes Gemm apart first, and names its parts so.
     names += [f"{name}_MatMul" for name in names]
@@ -111,6 +113,28 @@ def write_dynamic(source: Path, target: Path, paths: Sequence[str]) -> None:
             str(source), str(target), per_channel=True, weight_type=QuantType.QInt8, reduce_range=not vnni(),
             nodes_to_quantize=names or ["none"], op_types_to_quantize=["MatMul", "Gemm"],
         )  # fmt: skip
+
+
+def file_layers(path: Path, paths: Sequence[str]) -> list[LayerNode]:
+    """Operators of the layers of a float file that have one of their own, in their order.
+
+    Args:
+        path: a file of ``export_onnx``.
+        paths: of layers of the network.
+    """
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    places = {node.name: i for i, node in enumerate(graph.node)}
+    shapes = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
+    found = []
+    for layer, nodes in _layer_nodes(graph, paths).items():
+        for node in nodes:
+            shape = shapes[node.input[1]]
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            channels = shape[0] if node.op_type == "Conv" or transposed else shape[-1]
+            found.append(LayerNode(layer, node.name, node.op_type == "Conv", math.prod(shape), channels))
+    return sorted(found, key=lambda layer: places[layer.node])
 
 
 def _layer_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
@@ -126,6 +150,11 @@ def _layer_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
             # Batch norms are folded into convolutions, which then carry the norm's module and their own weight's name.
             if named == path or (named not in found and f"'{path}'" in scopes):
                 found[path].append(node)
+    return found
+
+
+def _found_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
+    found = _layer_nodes(graph, paths)
     for path, nodes in found.items():
         if not nodes:
             raise LayerNotFoundError(f"Layer {path!r} has no operator of its own in the exported network.")

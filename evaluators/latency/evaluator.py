@@ -18,12 +18,18 @@ from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint, check_de
 from archfront.evaluators.latency.feedback import LEAST_PAIRS, Feedback, fit_feedback
 from archfront.evaluators.latency.measurement import MeasurementError, measured_elsewhere
 from archfront.evaluators.latency.network_profile import network_latency
+from archfront.evaluators.latency.predictors.layers import FORMAT as LAYER_FORMAT
+from archfront.evaluators.latency.predictors.layers import LayerLatency
 from archfront.evaluators.latency.predictors.network import FORMAT as NETWORK_FORMAT
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.populations import GenotypeLatency
 from archfront.evaluators.latency.table import FORMAT, LatencyTable, make_table
 from archfront.spaces.blocks import BlockSpace
 
+LAYER_BACKENDS = ("onnx-int8", "onnx-int8-dynamic")
+_BACKENDS = ("eager", "compile", "onnx", "cuda-graph")
+_BATCHES = {"table": 4096, "operators": 64, "layers": 1024, "measure": 8}
+"""Tasks a call in each mode."""
 _PROCESS_TIMEOUT_S = 600.0
 _CONFIDENCE, _DEVIATIONS = 0.9, 1.6449
 """An interval of this confidence reaches so many standard deviations to either side, where errors are normal."""
@@ -43,10 +49,11 @@ class Latency(Evaluator):
         batch: images a pass.
         threads: that the pass may use.
         mode: ``table`` predicts from blocks measured once per device, in spaces of blocks; ``operators`` from traced
-            operators measured once per device, in any space of torch models; ``measure`` measures each candidate in
-            a fresh process, which takes seconds.
+            operators measured once per device, in any space of torch models; ``layers`` from the times of a network's
+            layers in float and in int8, for policies of bits on backend ``onnx-int8`` or ``onnx-int8-dynamic``;
+            ``measure`` measures each candidate in a fresh process, which takes seconds.
         backend: ``eager``, ``compile`` (``torch.compile``), ``onnx`` (ONNX Runtime on a processor, extra
-            ``archfront[onnx]``) or ``cuda-graph``.
+            ``archfront[onnx]``), ``cuda-graph``, or those of mode ``layers``.
         verify: share of the candidates, from 0 to 1, that are measured as in mode ``measure`` besides being predicted;
             what is found corrects the predictions of those that follow.
 
@@ -63,8 +70,8 @@ class Latency(Evaluator):
         device: str = LOCAL_CPU,
         batch: int = 1,
         threads: int = 1,
-        mode: Literal["table", "operators", "measure"] = "table",
-        backend: Literal["eager", "compile", "onnx", "cuda-graph"] = "eager",
+        mode: Literal["table", "operators", "layers", "measure"] = "table",
+        backend: Literal["eager", "compile", "onnx", "cuda-graph", "onnx-int8", "onnx-int8-dynamic"] = "eager",
         verify: float = 0.0,
     ) -> None:
         # Whether a GPU is there is asked on the worker: the job may be read on a host that has none.
@@ -74,30 +81,33 @@ class Latency(Evaluator):
         for field, number in (("batch", batch), ("threads", threads)):
             if number < 1:
                 raise InputError(f"evaluators.latency.{field}", number, "is not positive", "Give 1 or more.")
-        if mode not in ("table", "operators", "measure"):
-            raise InputError("evaluators.latency.mode", mode, "is unknown", "Give 'table', 'operators' or 'measure'.")
-        if backend not in ("eager", "compile", "onnx", "cuda-graph"):
-            remedy = "Give 'eager', 'compile', 'onnx' or 'cuda-graph'."
-            raise InputError("evaluators.latency.backend", backend, "is unknown", remedy)
+        for field, given, known in (("mode", mode, _BATCHES), ("backend", backend, (*_BACKENDS, *LAYER_BACKENDS))):
+            if given not in known:
+                remedy = f"Give {', '.join(known)}."
+                raise InputError(f"evaluators.latency.{field}", given, "is unknown", remedy)
+        if (mode == "layers") != (backend in LAYER_BACKENDS):
+            remedy = f"Give mode 'layers' with one of {', '.join(LAYER_BACKENDS)}."
+            raise InputError("evaluators.latency.backend", backend, f"does not go with mode '{mode}'", remedy)
         if backend == "cuda-graph" and device == LOCAL_CPU:
             raise InputError("evaluators.latency.backend", backend, "needs a GPU", "Give device cuda:0, or 'eager'.")
-        if backend == "onnx" and device != LOCAL_CPU:
+        if backend.startswith("onnx") and device != LOCAL_CPU:
             remedy = f"Give device {LOCAL_CPU}, or 'eager', 'compile' or 'cuda-graph'."
             raise InputError("evaluators.latency.backend", backend, "measures processors alone", remedy)
         if not 0 <= verify <= 1:
             raise InputError("evaluators.latency.verify", verify, "is no share", "Give a number from 0 to 1.")
-        if verify and mode == "measure":
+        if verify and mode in ("measure", "layers"):
             remedy = "Leave it out, or choose mode 'table' or 'operators'."
-            raise InputError("evaluators.latency.verify", verify, "is for predictions, and all are measured", remedy)
+            raise InputError("evaluators.latency.verify", verify, f"does not go with mode '{mode}'", remedy)
         self.device = device
         self.batch = batch
         self.threads = threads
         self.mode = mode
         self.backend = backend
         self.verify = verify
-        self.batch_size = _VERIFIED_BATCH if verify else {"table": 4096, "operators": 64, "measure": 8}[mode]
+        self.batch_size = _VERIFIED_BATCH if verify else _BATCHES[mode]
         self._table: tuple[dict[str, Any], LatencyTable] | None = None
         self._network: tuple[dict[str, Any], GenotypeLatency] | None = None
+        self._layers: tuple[dict[str, Any], LayerLatency] | None = None
 
     @property
     def metrics(self) -> Sequence[MetricSpec]:
@@ -108,6 +118,10 @@ class Latency(Evaluator):
         if self.mode == "table" and not isinstance(space, BlockSpace):
             remedy = "Choose mode 'measure', or a space of blocks such as fbnet."
             raise InputError("evaluators.latency.mode", "table", f"does not serve {space.name}, without blocks", remedy)
+        if self.mode == "layers":
+            from archfront.evaluators.deployment.policy_latency import bits_of
+
+            bits_of(space)
         if not isinstance(space, InputShaped):
             problem = "has no torch models to measure"
             raise InputError("space.name", space.name, problem, "Leave out the latency, or choose another space.")
@@ -118,7 +132,7 @@ class Latency(Evaluator):
     def prepare_key(self, context: EvaluationContext) -> str | None:
         if self.mode == "measure":
             return None
-        form = FORMAT if self.mode == "table" else NETWORK_FORMAT
+        form = {"table": FORMAT, "operators": NETWORK_FORMAT, "layers": LAYER_FORMAT}[self.mode]
         device = self._fingerprint().digest
         return f"{form}:{device}:{context.space.digest}:batch={self.batch}:threads={self.threads}:{self.backend}"
 
@@ -131,6 +145,13 @@ class Latency(Evaluator):
             place, device = self.device, self._fingerprint()
             made = network_latency(context.space, device, place, self.batch, context.plugins, backend=self.backend)
             return {**made.to_json(), "device": self._fingerprint().to_json()}
+        if self.mode == "layers":
+            from archfront.evaluators.deployment.policy_latency import policy_latency
+
+            return policy_latency(
+                context.space, self._fingerprint().to_json(), backend=self.backend, batch=self.batch,
+                threads=self.threads, timeout_s=_PROCESS_TIMEOUT_S,
+            ).to_json()  # fmt: skip
         return make_table(
             _blocks(context),
             batch=self.batch,
@@ -147,7 +168,8 @@ class Latency(Evaluator):
         if self.mode == "measure":
             found = [self._measured(task, context) for task in tasks]
             return [m if isinstance(m, Exception) else Evaluated({"latency_ms": m}) for m in found]
-        bases = (self._by_table if self.mode == "table" else self._by_operators)(tasks, context)
+        predicted = {"table": self._by_table, "operators": self._by_operators, "layers": self._by_layers}
+        bases = predicted[self.mode](tasks, context)
         return [
             base if isinstance(base, Exception) else self._reported(task, base, context)
             for task, base in zip(tasks, bases, strict=True)
@@ -217,6 +239,26 @@ class Latency(Evaluator):
             std = share * ms if math.isfinite(share) else None
             results.append(Metric(ms, "predicted", std, version + ("+trees" if guessed else ""), device))
         return results
+
+    def _by_layers(self, tasks: Sequence[Task], context: EvaluationContext) -> list[Metric | Exception]:
+        from archfront.evaluators.deployment.policy_latency import bits_of, int8_mask
+
+        artifact = context.artifacts.get(self.name)
+        if not artifact:
+            raise MeasurementError("The times of layers are missing: prepare() has to run before evaluate().")
+        if self._layers is None or self._layers[0] is not artifact:
+            self._layers = (artifact, LayerLatency.from_json(artifact))
+        predictor = self._layers[1]
+        paths = [price.layer for price in predictor.layers]
+        found = predictor.predict(int8_mask(bits_of(context.space), paths, [task.genotype for task in tasks]))
+        share = predictor.relative_width(_CONFIDENCE) / _DEVIATIONS
+        device = str(predictor.device["digest"])
+        return [
+            Metric(
+                ms, "predicted", share * ms if math.isfinite(share) else None, f"layers:{predictor.digest[:8]}", device
+            )
+            for ms in found.ms.tolist()
+        ]
 
     def _fingerprint(self) -> Fingerprint:
         return fingerprint(self.threads, check_device(self.device, "evaluators.latency.device"))

@@ -14,10 +14,11 @@ where an item may also have ``batch``, ``backend`` and ``channels_last``. The re
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -25,21 +26,28 @@ import torch
 import torch._dynamo.config
 from torch import nn
 
+from archfront.evaluators.deployment.half_precision import in_half
+from archfront.evaluators.deployment.student_files import KERNEL_BACKENDS
 from archfront.evaluators.latency.device import LOCAL_CPU, fingerprint
 from archfront.evaluators.latency.energy import find_meter
 from archfront.evaluators.latency.measurement import Settings, Timing, add_energy, failed, measure, peak_memory
 from archfront.evaluators.latency.onnx_backend import onnx_call
 from archfront.evaluators.latency.operators import runnable
 from archfront.evaluators.latency.pinning import pin
-from archfront.evaluators.onnx_files import file_call
+from archfront.evaluators.latency.quietness import processor_probe
+from archfront.evaluators.onnx_files import RUNTIMES, drawn_feed, file_call
 from archfront.plugins import Plugin, load_into
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.models.registry import MODELS
 from archfront.spaces.named_models import build_model, input_shape
+from archfront.spaces.policies.quantised import without_input_quantisers
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
 
 _NO_LIMIT = 2**31
+_HALVES = {"half": "eager", "half-compile": "compile", "half-graph": "cuda-graph"}
+"""Backends in half precision, and how the network then runs."""
+_OF_GPUS = ("cuda-graph", *_HALVES, *KERNEL_BACKENDS)
 SLOWED_CLOCK = 0.9
 """A clock that ends below this share of what it was has slowed down."""
 
@@ -55,6 +63,8 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     places: list[int] = []
     results: dict[int, Timing] = {}
     device = "cpu" if request.get("device", LOCAL_CPU) == LOCAL_CPU else str(request["device"])
+    if device != "cpu":
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
     meter = find_meter(device)
     with torch.inference_mode():
         for place, item in enumerate(request["items"]):
@@ -64,10 +74,12 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
             except Exception as error:
                 results[place] = failed(f"{type(error).__name__}: {error}")
         settings = Settings(**request.get("settings", {}))
-        for place, function, timing in zip(places, functions, measure(functions, settings), strict=True):
+        timings, probe_ms = measure(functions, settings, processor_probe() if device == "cpu" else None)
+        for place, function, timing in zip(places, functions, timings, strict=True):
             # Of blocks and operators there are hundreds, and nobody asks for their energy.
             priced = request["items"][place].keys() & {"block", "operator"}
             results[place] = timing if meter is None or priced else add_energy(timing, function, meter, settings)
+        rates = _add_layers(request["items"], results, threads)
     clock_after = _clock_mhz()
     return {
         "items": [asdict(results[place]) for place in range(len(request["items"]))],
@@ -78,6 +90,8 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
             "load_after": _load(),
             "clock_mhz_before": clock_before,
             "clock_mhz_after": clock_after,
+            "probe_ms": probe_ms if math.isfinite(probe_ms) else None,
+            "rates": rates,
             "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "python": sys.version.split()[0],
             "peak_memory_bytes": peak_memory(),
@@ -85,6 +99,21 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
             "notes": notes(load_before, threads, clock_before, clock_after),
         },
     }
+
+
+def _add_layers(items: list[dict[str, Any]], results: dict[int, Timing], threads: int) -> dict[str, float] | None:
+    """Give files that were asked for them the times of their layers; returns what the processor can do at most."""
+    asked = [place for place, item in enumerate(items) if "layers" in item and results[place].error is None]
+    if not asked:
+        return None
+    from archfront.evaluators.deployment.layer_times import layer_times  # loads ONNX Runtime
+    from archfront.evaluators.deployment.processor_rates import processor_rates
+
+    for place in asked:
+        item = items[place]
+        feed = drawn_feed(item["file"], int(item.get("batch", 1)), item["shape"])
+        results[place] = replace(results[place], layers=layer_times(item["file"], item["layers"], feed, threads))
+    return processor_rates(threads)
 
 
 def _load() -> float | None:
@@ -132,18 +161,30 @@ def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) 
     torch.manual_seed(0)
     if "operator" in item:
         return runnable(item["operator"], device)
+    backend = item.get("backend", "eager")
+    if device == "cpu" and backend in _OF_GPUS:
+        raise ValueError(f"backend {backend!r} needs a CUDA device")
+    if device != "cpu" and ("file" in item or backend == "onnx"):
+        raise ValueError("files run on processors alone; name backends of GPUs")
     if "file" in item:
-        return file_call(item["file"], item["runtime"], int(item.get("batch", 1)), item["shape"], threads)
+        return _file_call(item, threads)
     if "problem" in item:
         raise RuntimeError(item["problem"])
+    if "student" in item and space is not None:
+        from archfront.evaluators.deployment.kernel_run import student_call  # loads triton, and what judges
+
+        graph = _graph if backend == "triton-graph" else None
+        return student_call(space, item, device, finished=lambda call: _finished(call, device), graph=graph)
     model, shape = _model(space, item)
-    backend = item.get("backend", "eager")
     if backend == "onnx" and item.get("channels_last"):
         raise ValueError("backend 'onnx' chooses its memory layout itself: leave out channels_last")
     layout = torch.channels_last if item.get("channels_last") else torch.contiguous_format
     model = model.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # Inside a network a block's input is what a ReLU or a batch norm left: no denormals, about unit size.
     example = _example(space, int(item.get("batch", 1)), shape).to(device).contiguous(memory_format=layout)
+    if backend in _HALVES:
+        # Quantising what layers read only simulates; here it would cost time.
+        (model, example), backend = in_half(without_input_quantisers(model), example), _HALVES[backend]
     if backend == "compile":
         # All items are compiled in one process, and after 8 of one class torch would run the others eagerly, unasked.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _NO_LIMIT
@@ -153,12 +194,22 @@ def _call(space: Space | None, item: dict[str, Any], device: str, threads: int) 
     elif backend == "onnx":
         return onnx_call(model, example, threads)
     elif backend != "eager":
-        raise ValueError(f"unknown backend {backend!r}; known: eager, compile, onnx, cuda-graph")
+        raise ValueError(f"unknown backend {backend!r}; known: eager, compile, onnx, cuda-graph, {', '.join(_HALVES)}")
 
     def call() -> object:
         return model(example)
 
     return call
+
+
+def _file_call(item: dict[str, Any], threads: int) -> Callable[[], object]:
+    """A call of an item's file by its runtime."""
+    path, runtime, batch, shape = item["file"], item["runtime"], int(item.get("batch", 1)), item["shape"]
+    if runtime in RUNTIMES:
+        return file_call(path, runtime, batch, shape, threads)
+    from archfront.evaluators.torch_files import torch_call  # loads torch.export
+
+    return torch_call(path, runtime, batch, shape, threads, item.get("dtype", "float32"))
 
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Callable[[], object]:

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -24,6 +24,7 @@ from archfront.errors import ArchfrontError
 from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.device_lock import device_lock
 from archfront.evaluators.latency.energy import EnergyMeter, energy_mj
+from archfront.evaluators.latency.quietness import Probe, quiet
 from archfront.plugins import Plugin
 
 OUTLIER_DEVIATIONS = 6.0
@@ -86,6 +87,8 @@ class Timing:
         error: why there is no figure; the others are then nan.
         energy_mj: millijoules of one call of a whole network, by the counter of all processors or of the GPU: idle
             power is in it. None where the machine exposes no counter, and for blocks and operators.
+        quiet_ms: what predictors learn from: of the samples that nobody disturbed, see ``quietness``.
+        layers: of a file that was asked for them, see ``layer_times``.
     """
 
     median_ms: float
@@ -99,6 +102,8 @@ class Timing:
     notes: list[str] = field(default_factory=list)
     error: str | None = None
     energy_mj: float | None = None
+    quiet_ms: float = float("nan")
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def failed(error: str) -> Timing:
@@ -107,16 +112,21 @@ def failed(error: str) -> Timing:
     return Timing(median_ms=nan, low_ms=nan, high_ms=nan, std_ms=nan, spread_ms=nan, error=error)
 
 
-def measure(functions: Sequence[Callable[[], object]], settings: Settings) -> list[Timing]:
+def measure(
+    functions: Sequence[Callable[[], object]], settings: Settings, probe: Probe | None = None
+) -> tuple[list[Timing], float]:
     """Time functions against each other, in this process.
 
     Args:
         functions: each makes one call; it must have finished the work when it returns.
         settings: how long.
+        probe: runs after each sample.
 
     Returns:
-        One timing for each, in order; with ``error`` for a function that raised.
+        One timing for each, in order, with ``error`` for a function that raised; and what the probe took undisturbed,
+        in ms, nan without one.
     """
+    probes: list[float] = []
     errors: dict[int, str] = {}
     calls: dict[int, int] = {}
     memory: dict[int, int] = {}
@@ -144,13 +154,16 @@ def measure(functions: Sequence[Callable[[], object]], settings: Settings) -> li
                 # The first call after another item pays for what that one left in the caches.
                 functions[i]()
                 samples[i].append(_sample(functions[i], calls[i]))
+                if probe is not None:
+                    probes.append(probe())
     finally:
         if collecting:
             gc.enable()
-    return [
+    timings = [
         failed(errors[i]) if i in errors else summary(samples[i], settings, calls[i], memory[i], notes[i])
         for i in range(len(functions))
     ]
+    return timings, quiet(probes)
 
 
 def summary(
@@ -171,6 +184,7 @@ def summary(
         found.append(f"the last third of the samples is {rise:.0%} slower than the first: throttling, or other load")
     return Timing(
         median_ms=median,
+        quiet_ms=quiet(samples),
         low_ms=float(low),
         high_ms=float(high),
         std_ms=float(medians.std()),
@@ -252,9 +266,10 @@ def measured_elsewhere(
         space: ``{"name": ..., <arguments>}`` of a registered space, or None if no item needs one.
         items: each with ``genotype`` (a whole network), ``untouched`` (true: the network that policies are of),
             ``block`` (a descriptor), ``model`` (``timm:resnet18``, with ``shape`` if not its own), ``operator`` (a
-            call, see ``operators``), ``file`` (with ``runtime`` and ``shape``, see ``onnx_files``) or ``problem``
-            (why there is nothing to measure), and optionally ``batch`` (1), ``backend`` (``eager``, ``compile``,
-            ``onnx``, or ``cuda-graph`` on a GPU) and ``channels_last`` (false).
+            call, see ``operators``), ``file`` (with ``runtime`` and ``shape``, see ``onnx_files``, and ``layers``
+            where their times are wanted, see ``layer_times``) or ``problem`` (why there is nothing to measure), and
+            optionally ``batch`` (1), ``backend`` (``eager``, ``compile``, ``onnx``, or ``cuda-graph`` on a GPU) and
+            ``channels_last`` (false).
         threads: that torch and OpenMP get there.
         settings: how long to measure.
         timeout_s: of the process; None for none.
@@ -290,10 +305,18 @@ def measured_elsewhere(
     return [Timing(**timing) for timing in response["items"]], response["environment"]
 
 
-def medians_elsewhere(
-    space: dict[str, Any] | None, items: Sequence[dict[str, Any]], **options: Any
+def quiet_elsewhere(
+    space: dict[str, Any] | None, items: Sequence[dict[str, Any]], *, probe_ms: float | None = None, **options: Any
 ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
-    """As ``measured_elsewhere`` where every item has to run: their medians ``(items,)`` in ms, and the environment.
+    """As ``measured_elsewhere`` where every item has to run: what predictors learn from.
+
+    Args:
+        space, items, options: of ``measured_elsewhere``.
+        probe_ms: ``environment["probe_ms"]`` of the process that the figures shall be comparable with. Spells that
+            last as long as a process slow all of it down.
+
+    Returns:
+        ``(items,)`` ms, undisturbed, and the environment.
 
     Raises:
         MeasurementError: a process or an item failed; the message names it.
@@ -302,7 +325,14 @@ def medians_elsewhere(
     for item, timing in zip(items, timings, strict=True):
         if timing.error is not None:
             raise MeasurementError(f"{next(iter(item.values()))} cannot be measured: {timing.error}")
-    return np.array([timing.median_ms for timing in timings], dtype=np.float64), environment
+    ms = np.array([timing.quiet_ms for timing in timings], dtype=np.float64)
+    return ms * pace(environment, probe_ms), environment
+
+
+def pace(environment: Mapping[str, Any], probe_ms: float | None) -> float:
+    """By what to multiply a process's times to compare them with those of one whose probe took ``probe_ms``."""
+    here = environment.get("probe_ms")
+    return probe_ms / here if probe_ms and here else 1.0
 
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint
-from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
+from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
 from archfront.evaluators.latency.space_traces import covering_traces, traced_genotypes
@@ -16,6 +16,8 @@ from archfront.spaces.space import Space
 
 SAMPLES = 200
 NETWORKS = 24
+RANDOM_NETWORKS = 29
+"""Uniformly drawn, for the intervals: of so many the 27th error is what nine of ten more will stay within."""
 PROCESSES = 2
 _TIMEOUT_S = 600.0
 _COMPILE_TIMEOUT_S = 3600.0
@@ -32,6 +34,7 @@ def network_latency(
     backend: str = "eager",
     samples: int = SAMPLES,
     networks: int = NETWORKS,
+    randoms: int | None = None,
     operator_settings: Settings = OPERATOR_SETTINGS,
     network_settings: Settings | None = None,
 ) -> NetworkLatency:
@@ -45,21 +48,26 @@ def network_latency(
         plugins: files that may hold the space.
         backend: that runs whole networks; single operators are measured eagerly.
         samples: genotypes that are traced to learn which operators a space without blocks has.
-        networks: whole ones that the correction is fitted to.
+        networks: whole ones, spread over the space, that the correction is fitted to.
+        randoms: further ones, drawn at random, for the intervals; by default 29, and none where each is compiled.
         operator_settings, network_settings: how long to measure.
 
     Raises:
         MeasurementError: a process failed, or a network of the space cannot run.
     """
     claimed = "cpu" if place == LOCAL_CPU else place
-    genotypes = space.to_json(space.sample_spread(np.random.default_rng(0), networks))
+    rng = np.random.default_rng(0)
+    genotypes = space.to_json(space.sample_spread(rng, networks))
+    if randoms is None:
+        randoms = 0 if backend == "compile" else RANDOM_NETWORKS
+    genotypes += space.to_json(space.sample(rng, randoms)) if randoms else []
     traces = list(traced_genotypes(space, genotypes, batch=batch, device=claimed))
     covering = covering_traces(space, samples, batch=batch, device=claimed)
     empty = Profile(device=device.to_json(), threads=device.threads)
     operators = [operator for found in (*covering, *traces) for operator in found.operators]
     profile = profile_operators(operators, empty, settings=operator_settings, timeout_s=_TIMEOUT_S)
     times = [
-        medians_elsewhere(
+        quiet_elsewhere(
             {"name": space.name, **space.config},
             [{"genotype": genotype, "batch": batch, "backend": backend} for genotype in genotypes],
             threads=device.threads,
@@ -67,8 +75,10 @@ def network_latency(
             timeout_s=_COMPILE_TIMEOUT_S if backend == "compile" else _TIMEOUT_S,
             plugins=plugins,
             device=place,
+            probe_ms=profile.probe_ms,
         )[0]
         for _ in range(PROCESSES)
     ]
-    # Load only ever adds: the least of the processes' medians is the truest.
-    return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0))
+    # Load only ever adds: the least of the processes' times is the truest.
+    alike = [place >= len(genotypes) - randoms for place in range(len(genotypes))] if randoms else None
+    return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0), alike)

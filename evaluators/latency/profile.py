@@ -11,7 +11,7 @@ from typing import Any
 from archfront.errors import InputError
 from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.digests import json_digest
-from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
+from archfront.evaluators.latency.measurement import Settings, measured_elsewhere, pace
 from archfront.evaluators.latency.operators import Operator, call_bytes
 
 FORMAT = "archfront-operator-profile-1"
@@ -29,10 +29,11 @@ class Profile:
     Attributes:
         device: its fingerprint as JSON, with the digest.
         threads: of each call.
-        ms: median time of each call, by its canonical text.
-        std_ms: standard deviation of that median.
+        ms: undisturbed time of each call, by its canonical text.
+        std_ms: standard deviation of its median.
         facts: of each call: multiply-adds, and bytes read, written and of weights.
         failed: calls that cannot run alone, with the reason.
+        probe_ms: what the probe of the first process took, whose pace all times are brought to; see ``quietness``.
     """
 
     device: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Profile:
     std_ms: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    probe_ms: float | None = None
 
     @property
     def operators(self) -> list[Operator]:
@@ -65,6 +67,7 @@ class Profile:
             "threads": self.threads,
             "operators": rows,
             "failed": dict(self.failed),
+            "probe_ms": self.probe_ms,
         }
 
     @classmethod
@@ -83,6 +86,7 @@ class Profile:
             std_ms={row[0]: float(row[2]) for row in data["operators"]},
             facts={row[0]: (row[3], row[4], row[5], row[6]) for row in data["operators"]},
             failed=data["failed"],
+            probe_ms=data.get("probe_ms"),
         )
 
 
@@ -141,9 +145,12 @@ def profile_operators(
         )
         check_device(known, environment["device"])
         good = [(call, t) for call, t in zip(chunk, timings, strict=True) if t.error is None]
+        if known.probe_ms is None:
+            known = replace(known, probe_ms=environment.get("probe_ms"))
+        share = pace(environment, known.probe_ms)
         known = replace(
             known,
-            ms={**known.ms, **{call: t.median_ms for call, t in good}},
+            ms={**known.ms, **{call: share * t.quiet_ms for call, t in good}},
             std_ms={**known.std_ms, **{call: t.std_ms for call, t in good}},
             facts={**known.facts, **{call: facts[call] for call, _ in good}},
             failed={**known.failed, **{c: t.error for c, t in zip(chunk, timings, strict=True) if t.error is not None}},

@@ -19,7 +19,7 @@ from archfront.errors import InputError
 from archfront.evaluators.latency.chains import chain_sums, population_sums
 from archfront.evaluators.latency.device import LOCAL_CPU
 from archfront.evaluators.latency.digests import json_digest
-from archfront.evaluators.latency.measurement import Settings, medians_elsewhere
+from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
 from archfront.plugins import Plugin
 from archfront.spaces.blocks import BlockSpace
 from archfront.spaces.space import Population
@@ -144,7 +144,7 @@ def make_table(
 
     The first measures the blocks alone, so that networks can be chosen by their sums. Each further one measures blocks
     and networks together. Memory layout and other load shift all figures of a process. Load only ever adds, so the
-    least of the processes' medians is taken; how far the two quickest disagree is part of the correction's deviation.
+    least of the processes' times is taken; how far the two quickest disagree is part of the correction's deviation.
 
     Args:
         space: whose blocks.
@@ -162,9 +162,11 @@ def make_table(
     catalogue = space.block_catalogue()
     block_items = [{"block": spec.descriptor} for spec in catalogue]
 
-    def timed(items: list[dict[str, Any]]) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
-        """``(items,)`` medians in ms, and the environment."""
-        return medians_elsewhere(
+    def timed(
+        items: list[dict[str, Any]], probe_ms: float | None = None
+    ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+        """``(items,)`` ms, undisturbed, and the environment."""
+        return quiet_elsewhere(
             {"name": space.name, **space.config},
             [{**item, "batch": batch, "backend": backend} for item in items],
             threads=threads,
@@ -172,12 +174,13 @@ def make_table(
             timeout_s=timeout_s,
             plugins=plugins,
             device=place,
+            probe_ms=probe_ms,
         )
 
     first, environment = timed(block_items)
     chosen = spread_networks(space, first, max(LEAST_NETWORKS, networks), np.random.default_rng(0))
     every = block_items + [{"genotype": genotype} for genotype in space.to_json(chosen)]
-    times = np.stack([timed(every)[0] for _ in range(max(1, processes))])
+    times = np.stack([timed(every, environment.get("probe_ms"))[0] for _ in range(max(1, processes))])
     blocks = np.concatenate([first[None], times[:, : len(first)]])
     medians, whole = blocks.min(axis=0), times[:, len(first) :]
     pairs = list(zip(chain_sums(medians, space.block_indices(chosen)), whole.min(axis=0), strict=True))

@@ -1,4 +1,4 @@
-"""Writing one candidate to a file: genotype and metrics, weights, or an exported program."""
+"""Writing one candidate to a file: genotype and metrics, weights, an exported program, or ONNX."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ def export_candidate(job: Job, candidate: str, to: Path) -> dict[str, Any]:
 
     Raises:
         InputError: unknown candidate or format, no weights kept.
+        MissingExtraError: the format's package is not installed.
     """
     writers: dict[str, Callable[[Job, dict[str, Any], Path], str]] = {
         ".json": _write_json,
         ".safetensors": _write_weights,
         ".pt2": _write_program,
+        ".onnx": _write_onnx,
     }
     if to.suffix not in writers:
         raise InputError("--to", str(to), "has an unknown format", f"End it with {', '.join(writers)}.")
@@ -117,17 +119,28 @@ def _write_weights(job: Job, row: dict[str, Any], to: Path) -> str:
 
 
 def _write_program(job: Job, row: dict[str, Any], to: Path) -> str:
+    from archfront.evaluators.torch_files import export_program
+
+    model, _ = _trained_model(job, row)
+    export_program(model.eval(), _example(job), to, any_batch=True)
+    return "the exported program"
+
+
+def _write_onnx(job: Job, row: dict[str, Any], to: Path) -> str:
+    from archfront.evaluators.onnx_files import export_onnx
+
+    model, _ = _trained_model(job, row)
+    export_onnx(model.eval(), _example(job), to, any_batch=True)
+    return "the network in float32"
+
+
+def _example(job: Job) -> Any:
+    """Two samples of what the job's networks take."""
     import torch
 
     from archfront.spaces.policies.policy_chain import has_policies, policies_of
 
-    model, _ = _trained_model(job, row)
     space: Any = space_of(job)
     if has_policies(space):
-        example = policies_of(space, "the export").source.example(2)
-    else:
-        example = torch.zeros(2, space.in_channels, space.resolution, space.resolution)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, to)
-    return "the exported program"
+        return policies_of(space, "the export").source.example(2)
+    return torch.zeros(2, space.in_channels, space.resolution, space.resolution)

@@ -14,8 +14,11 @@ from archfront.db.queries import find_evaluation
 from archfront.errors import InputError
 from archfront.plugins import Plugin
 
+_LOCAL_CPU = "local-cpu"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _WIDTHS = {"latency": [8, 32], "size": [2, 3, 4, 6, 8]}
+_PREDICTED = "onnx-int8"
+"""Backend whose times of layers the search goes by; finalists are measured on all."""
 _JUDGED = 1000
 _KEPT_BACK = 0.25
 """Part of the allowed drop by which validation data must be better, as it chooses among many."""
@@ -52,6 +55,7 @@ def optimising_job(
     backends: Sequence[str],
     evaluations: int,
     workers: int,
+    device: str = _LOCAL_CPU,
 ) -> tuple[dict[str, Any], list[Plugin]]:
     """The job, and the plug-in that it needs for a factory of the user's own.
 
@@ -61,6 +65,7 @@ def optimising_job(
         data: a data set's name, or a mapping.
         weights: a checkpoint of the model.
         backends: that finalists are measured with.
+        device: that they are measured on.
 
     Raises:
         InputError: one of these cannot be used.
@@ -75,15 +80,17 @@ def optimising_job(
     judge: dict[str, Any] = {"name": "compression"}
     if size:
         judge["recovery"] = [{"name": "gptq"}]
+    # Times of layers tell what int8 gains here; elsewhere operations have to do.
+    timed = not size and _PREDICTED in backends
     spec = {
         "name": "optimize-"
         + re.sub(r"[^\w.-]+", "-", str(source.get("build") or source.get("model") or source["name"])),
         "space": {"name": "bits", "model": source, "weights": widths, "activations": "follow"},
         "data": given,
-        "evaluators": [judge],
+        "evaluators": [judge, {"name": "latency", "mode": "layers", "backend": _PREDICTED}] if timed else [judge],
         "objectives": [
             {"metric": "divergence", "direction": "min"},
-            {"metric": "model_mb" if size else "gbops", "direction": "min"},
+            {"metric": "model_mb" if size else "latency_ms" if timed else "gbops", "direction": "min"},
         ],
         "constraints": limits,
         "strategy": {"name": "surrogate-nsga2", "population": 20},
@@ -94,6 +101,7 @@ def optimising_job(
             "where": f"accuracy_drop <= {wish.max_drop:g}",
             "backends": list(backends),
             "batches": [1],
+            "device": device,
         },
     }
     return _with_extremes(spec, plugins), plugins
@@ -165,7 +173,8 @@ def best(rows: Sequence[Mapping[str, Any]], sizes: Mapping[int, float], wish: Wi
 
 
 def write_files(job: Job, choice: Choice, folder: Path) -> dict[str, str]:
-    """``model.onnx`` as it was measured, ``policy.json`` and ``weights.safetensors``: what -> file."""
+    """``model.onnx`` as it was measured (of backends that execute none: ``model.pt2``, in float), ``policy.json`` and
+    ``weights.safetensors``: what -> file."""
     import shutil
 
     from archfront.evaluators.deployment.deployed import FILE_BACKENDS, Deployment
@@ -175,13 +184,19 @@ def write_files(job: Job, choice: Choice, folder: Path) -> dict[str, str]:
     evaluation = int(choice.row["evaluation"])
     with job.ledger.engine.connect() as connection:
         row = find_evaluation(connection, job.id, str(evaluation))
-    network, student = policy_network(job, row, space_of(job))
-    made = Deployment(network, student, folder, "made").file(FILE_BACKENDS[choice.row["backend"]].form)
-    files = {"model": str(folder / "model.onnx")}
-    shutil.move(made, files["model"])
-    for left in folder.glob("made-*"):
-        left.unlink()
-    for what, name in (("policy", "policy.json"), ("weights", "weights.safetensors")):
+    others = {"policy": "policy.json", "weights": "weights.safetensors"}
+    files: dict[str, str] = {}
+    backend = FILE_BACKENDS.get(choice.row["backend"])
+    if backend is None:
+        others["model"] = "model.pt2"
+    else:
+        network, student = policy_network(job, row, space_of(job))
+        made = Deployment(network, student, folder, "made").file(backend.form)
+        files["model"] = str(folder / f"model{made.suffix}")
+        shutil.move(made, files["model"])
+        for left in folder.glob("made-*"):
+            left.unlink()
+    for what, name in others.items():
         export_candidate(job, str(evaluation), folder / name)
         files[what] = str(folder / name)
     return files

@@ -17,6 +17,7 @@ from tests.support.small_models import DATA, RESNET, bits, digits
 import archfront
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.recovery.rounding import Gptq
+from archfront.evaluators.onnx_files import outputs
 from archfront.search.job import JobSpec
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_what_is_exported_was_recovered(tmp_path: Path, monkeypatch: pytest.Monk
     }
     db, file = str(tmp_path / "l.db"), tmp_path / "low.safetensors"
     archfront.run(spec, db=db)
-    for to in (file, tmp_path / "low.pt2"):
+    for to in (file, tmp_path / "low.pt2", tmp_path / "low.onnx"):
         assert command(monkeypatch, "export", "last", "0", "--to", str(to), "--db", db) == 0
     data = digits(RESNET)
     expected = Compressible(space, data, 64, recovery=[Gptq()]).prepared(space.variant([3] * len(space.columns)))
@@ -95,3 +96,4 @@ def test_what_is_exported_was_recovered(tmp_path: Path, monkeypatch: pytest.Monk
     with torch.no_grad():
         given = torch.export.load(tmp_path / "low.pt2").module()(images)
         assert torch.allclose(given, expected(images), atol=1e-4)
+        assert torch.allclose(outputs(tmp_path / "low.onnx", "onnx", [images], 1), expected(images), atol=1e-3)

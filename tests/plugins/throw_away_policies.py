@@ -82,12 +82,11 @@ def merged(tokens: Tensor, pairs: int) -> Tensor:
     order = best.argsort(dim=1, descending=True)
     gone, stay = order[:, :pairs], order[:, pairs:]
     wide = (..., None)
-    into = partner.gather(1, gone)[wide].expand(-1, -1, tokens.shape[-1])
-    theirs = theirs.scatter_reduce(
-        1, into, ours.gather(1, gone[wide].expand_as(into)), reduce="mean", include_self=True
-    )
-    kept = ours.gather(1, stay[wide].expand(-1, -1, tokens.shape[-1]))
-    return torch.cat([first, kept, theirs], 1)
+    going, kept = (ours.gather(1, i[wide].expand(-1, -1, tokens.shape[-1])) for i in (gone, stay))
+    # As a product: a mean by scattering has no operator in ONNX.
+    into = (partner.gather(1, gone)[wide] == torch.arange(theirs.shape[1], device=tokens.device)).to(tokens.dtype)
+    counts = 1 + into.sum(1)[wide]
+    return torch.cat([first, kept, (theirs + into.transpose(1, 2) @ going) / counts], 1)
 
 
 ARCHFRONT_PLUGINS = {"spaces": {"pruned-channels": PrunedChannels, "merge-schedule": MergeSchedule}}

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import archfront
 from archfront.errors import InputError
+from archfront.evaluators.onnx_files import outputs
 from archfront.export import export_candidate
 from archfront.plots import plot_front
 from archfront.report.page import write_report
@@ -132,6 +133,11 @@ def test_exports_hold_the_trained_model(job: archfront.Job, tmp_path: Path) -> N
     images = torch.rand(5, 1, 16, 16)
     program = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(program(images), model(images))
+    written = export_candidate(job, str(number), tmp_path / "model.onnx")
+    assert written["what"] == "the network in float32"
+    for count in (1, 5):  # of any batch size
+        found = outputs(tmp_path / "model.onnx", "onnx", [images[:count]], 1)
+        torch.testing.assert_close(found, model(images[:count]).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_gc_keeps_what_the_rule_says(job: archfront.Job) -> None:

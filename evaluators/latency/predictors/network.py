@@ -46,8 +46,14 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
         self._scores: Vector = np.zeros(0)
 
-    def fit(self, networks: Sequence[Trace], ms: Vector) -> Self:
+    def fit(self, networks: Sequence[Trace], ms: Vector, alike: Sequence[bool] | None = None) -> Self:
         """Fit the correction.
+
+        Args:
+            networks: that were measured.
+            ms: ``(n,)``.
+            alike: which of them are such as will be asked for: intervals promise what they promise for these. All by
+                default. A fit wants networks far apart, whose errors are larger.
 
         Raises:
             InputError: fewer than 6 networks, or latencies that are not positive and finite.
@@ -60,9 +66,8 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
             raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
         terms = self.terms(networks)
         self.__dict__.pop("digest", None)
-        self._weights = _fit(terms, measured)
-        left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(networks))]
-        self._scores = np.abs(measured / np.array(left_out) - 1)
+        self._weights, scores = fit_terms(terms, measured)
+        self._scores = scores if alike is None else scores[np.asarray(alike, dtype=np.bool_)]
         return self
 
     def predict(self, networks: Sequence[Trace], confidence: float = 0.9) -> Prediction:
@@ -140,6 +145,21 @@ def _extrapolated(network: Trace, prices: Vector, measured: npt.NDArray[np.bool_
     share = prices[~measured].sum() / max(prices.sum(), 1e-12)
     guessed = f"{int((~measured).sum())} of {len(measured)} operators never measured ({', '.join(kinds)})"
     return (f"{guessed}: {share:.0%} of the time", *network.warnings)
+
+
+def fit_terms(terms: npt.NDArray[np.float64], measured: Vector) -> tuple[Vector, Vector]:
+    """Non-negative weights of terms, of which the first is the sum that the others correct, and how far each network
+    lies from the fit to the others.
+
+    Args:
+        terms: ``(networks, terms)``.
+        measured: ``(networks,)`` ms.
+
+    Returns:
+        ``(terms,)`` weights, and ``(networks,)`` relative errors.
+    """
+    left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(measured))]
+    return _fit(terms, measured), np.abs(measured / np.array(left_out) - 1)
 
 
 def _fit(terms: npt.NDArray[np.float64], measured: Vector) -> Vector:

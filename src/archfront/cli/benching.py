@@ -10,6 +10,10 @@ from archfront.cli.common import EXIT_DONE, AsJson, Database, JobReference, Plug
 from archfront.client import DEFAULT_DB, Job
 from archfront.errors import InputError, suggestion
 
+LOCAL_CPU = "local-cpu"
+"""As in ``evaluators.latency.device``, which loads torch."""
+_ON_GPUS = ("eager", "compile")
+
 
 def bench(
     job: JobReference = "last",
@@ -25,6 +29,9 @@ def bench(
     ] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, commas between them.")] = "1",
     where: Annotated[str | None, typer.Option(help="What finalists must hold, e.g. accuracy_drop <= 0.5.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="local-cpu or cuda:N; that of the job's latency, or local-cpu, if unset.")
+    ] = None,
     db: Database = DEFAULT_DB,
     plugin: PluginFiles = None,
     json: AsJson = False,
@@ -36,8 +43,13 @@ def bench(
     found.refuse_recorded()
     if found.state != "done":
         raise InputError("JOB", job, f"is {found.state}", "Let it come to its end first: archfront resume.")
+    place = _device(found, device)
     plan = Finalists(
-        count=finalists, backends=_backends(found, backends), batches=_numbers("--batches", batches), where=where
+        count=finalists,
+        backends=_backends(found, backends, place),
+        batches=_numbers("--batches", batches),
+        where=where,
+        device=place,
     )
     found.resume(
         bench=plan,
@@ -45,7 +57,7 @@ def bench(
         accept_changes=lambda _: True,
         announce=lambda line: None if json else console.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    rows = measured(found)
+    rows = measured(found, place)
     if json:
         print_json(rows)
     else:
@@ -53,13 +65,13 @@ def bench(
     raise typer.Exit(EXIT_DONE)
 
 
-def measured(job: Job) -> list[dict[str, Any]]:
-    """The newest figure of each candidate, backend, batch and number of threads: ``evaluation``, ``backend``,
-    ``batch``, ``threads``, ``median_ms``, ``low_ms``, ``high_ms``, ``error``, the ``baseline`` and what is known of the
-    file."""
+def measured(job: Job, device: str = LOCAL_CPU) -> list[dict[str, Any]]:
+    """The newest figure of each candidate, backend, batch and number of threads on a device: ``evaluation``,
+    ``backend``, ``batch``, ``threads``, ``median_ms``, ``low_ms``, ``high_ms``, ``error``, the ``baseline`` and what is
+    known of the file, or of the ``layers`` that run on kernels."""
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in job.ledger.benchmarks(job.id):
-        if row["kind"] == "latency":
+        if row["kind"] == "latency" and row["settings"].get("device", LOCAL_CPU) == device:
             kept = {k: v for k, v in row["content"].items() if k not in ("samples_ms", "environment", "notes", "calls")}
             settings = row["settings"]
             newest[row["number"], *settings.values()] = {"evaluation": row["number"], **settings, **kept}
@@ -95,11 +107,37 @@ def _show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def _backends(job: Job, given: str | None) -> list[Any]:
+def _device(job: Job, given: str | None) -> str:
+    """In full: the one that is asked for, or that of the job's latency.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if given is not None:
+        from archfront.evaluators.latency.device import check_device
+
+        return check_device(given)
+    return next((e["device"] for e in job.spec["evaluators"] if e["name"] == "latency" and "device" in e), LOCAL_CPU)
+
+
+def _backends(job: Job, given: str | None, device: str) -> list[Any]:
+    """Those that are named, or all that serve.
+
+    Raises:
+        InputError: an unknown one, or one that does not run on the device.
+    """
     from archfront.export import space_of
+    from archfront.search.job import GPU_BACKENDS
     from archfront.spaces.policies.policy_chain import has_policies
 
-    return named_backends(given) or served_backends(policies=has_policies(space_of(job)))
+    named = named_backends(given)
+    for name in named:
+        if device == LOCAL_CPU and name in GPU_BACKENDS:
+            raise InputError("--backends", name, "needs a GPU", "Give --device cuda:0, or other backends.")
+        if device != LOCAL_CPU and name not in _ON_GPUS and name not in GPU_BACKENDS:
+            known = ", ".join((*_ON_GPUS, *GPU_BACKENDS))
+            raise InputError("--backends", name, f"does not run on {device}", f"Known there: {known}.")
+    return named or served_backends(policies=has_policies(space_of(job)), device=device)
 
 
 def named_backends(given: str | None) -> list[Any]:
@@ -117,17 +155,24 @@ def named_backends(given: str | None) -> list[Any]:
     return names
 
 
-def served_backends(*, policies: bool) -> list[Any]:
-    """Backends of the processor that are installed, and serve policies or other candidates."""
-    from archfront.search.job import Backend
+def served_backends(*, policies: bool, device: str = LOCAL_CPU) -> list[Any]:
+    """Backends of a device that are installed, and serve policies or other candidates."""
+    from archfront.search.job import GPU_BACKENDS, Backend
 
-    return [name for name in get_args(Backend) if name != "cuda-graph" and _serves(name, policies)]
+    if device != LOCAL_CPU:
+        return [name for name in (*_ON_GPUS, *GPU_BACKENDS) if policies or not name.startswith("triton")]
+    return [name for name in get_args(Backend) if name not in GPU_BACKENDS and _serves(name, policies)]
 
 
 def _serves(backend: str, policies: bool) -> bool:
     """Whether a backend is installed, and serves such candidates."""
     from importlib.util import find_spec
+    from platform import machine
 
+    if backend == "pt2e":  # torchao's quantiser and Inductor's fused operators are x86's
+        return policies and machine() in ("x86_64", "AMD64") and find_spec("torchao") is not None
+    if backend == "torch-int8-dynamic":
+        return policies
     if backend.startswith("openvino"):
         return policies and all(find_spec(name) is not None for name in ("openvino", "onnxscript"))
     if backend.startswith("onnx"):

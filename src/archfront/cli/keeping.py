@@ -21,15 +21,15 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Of a candidate: FILE.json, FILE.safetensors or FILE.pt2 (torch.export). Of the whole job: "
-            "optuna:URL (or a journal's path), tensorboard:FOLDER, csv:FOLDER or parquet:FOLDER."
+            help="Of a candidate: FILE.json, FILE.safetensors, FILE.pt2 (torch.export) or FILE.onnx, both in float32. "
+            "Of the whole job: optuna:URL (or a journal's path), tensorboard:FOLDER, csv:FOLDER or parquet:FOLDER."
         ),
     ] = "",
     db: Database = DEFAULT_DB,
     plugin: PluginFiles = None,
     json: AsJson = False,
 ) -> None:
-    """Write one candidate (genotype, weights or program), or a whole job for other tools."""
+    """Write one candidate (genotype, weights, program or ONNX), or a whole job for other tools."""
     from archfront.export import export_candidate
     from archfront.interchange.registry import FORMS, export_job, scheme_of
 

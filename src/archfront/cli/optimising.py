@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archfront.cli.benching import measured, named_backends, served_backends
+from archfront.cli.benching import LOCAL_CPU, measured, named_backends, served_backends
 from archfront.cli.common import EXIT_DONE, AsJson, Database, console, errors, print_json
 from archfront.cli.running import follow
 from archfront.client import DEFAULT_DB, Job
@@ -28,7 +28,10 @@ def optimize(
     max_drop: Annotated[float, typer.Option(help="Points of accuracy that may be lost.")] = 0.5,
     latency_ms: Annotated[float | None, typer.Option(help="For one sample, at most.")] = None,
     model_mb: Annotated[float | None, typer.Option(help="MiB of packed weights, at most.")] = None,
-    backends: Annotated[str | None, typer.Option(help="Commas between them; all that are installed if unset.")] = None,
+    device: Annotated[str, typer.Option(help="local-cpu (or cpu) or cuda:N.")] = LOCAL_CPU,
+    backends: Annotated[
+        str | None, typer.Option(help="Commas between them; those installed that run what is written, if unset.")
+    ] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 100,
     workers: Annotated[int, typer.Option(min=1, help="That try them.")] = 2,
     job: Annotated[str | None, typer.Option(help="Go on with this job, which optimize began.")] = None,
@@ -38,6 +41,7 @@ def optimize(
 ) -> None:
     """Make a trained network faster or smaller on this machine: search, measure, and write it as a file."""
     from archfront.db.ledger import Ledger
+    from archfront.evaluators.latency.device import check_device
     from archfront.optimise import Wish, best, optimising_job, write_files
     from archfront.report.page import write_report
     from archfront.search.driver import submit
@@ -54,9 +58,10 @@ def optimize(
                 raise InputError(field, None, "is missing", "Give it, or --job of an optimize that was interrupted.")
         assert model is not None
         assert data is not None
+        place = check_device(LOCAL_CPU if device == "cpu" else device)
         spec, plugins = optimising_job(
             model, data, wish, weights=weights, evaluations=evaluations, workers=workers,
-            backends=named_backends(backends) or served_backends(policies=True),
+            backends=named_backends(backends) or _backends(place), device=place,
         )  # fmt: skip
         ledger = Ledger.open(db)
         found = Job(ledger, submit(ledger, spec, plugins))
@@ -122,3 +127,11 @@ def _nearest(rows: list[dict[str, Any]]) -> str:
         f"the fastest finalist ({row['backend']}) takes {row['median_ms']:.3f} ms where the network itself takes "
         f"{row['baseline']['median_ms']:.3f}, and loses {row['accuracy_drop']:.2f} points on validation data."
     )
+
+
+def _backends(device: str) -> list[Any]:
+    """Those of a device whose result can be written as it was measured, and what the network itself is fastest on."""
+    served = served_backends(policies=True, device=device)
+    # Files of torch's own are a fallback where ONNX Runtime is not installed.
+    torch_files = {"pt2e", "torch-int8-dynamic"} if "onnx-int8" in served else set()
+    return [name for name in served if name not in torch_files]

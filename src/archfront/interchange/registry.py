@@ -43,7 +43,7 @@ def scheme_of(to: str) -> str | None:
         InputError: it looks like a scheme that is none.
     """
     scheme, colon, rest = to.partition(":")
-    if not colon or not scheme.isalpha() or Path(to).suffix in (".json", ".safetensors", ".pt2"):
+    if not colon or not scheme.isalpha() or Path(to).suffix in (".json", ".safetensors", ".pt2", ".onnx"):
         return None
     if scheme not in SCHEMES:
         raise InputError("--to", without_password(to), "begins with an unknown scheme", suggestion(scheme, SCHEMES))

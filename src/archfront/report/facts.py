@@ -44,8 +44,8 @@ class Finalist:
         return found[-1] if found else None
 
     def newest(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """The newest timing that succeeded of each backend and batch size."""
-        found = {(s["backend"], s["batch"]): (s, c) for s, c in self.timings if not c.get("error")}
+        """The newest timing that succeeded of each backend, batch size and device."""
+        found = {(s["backend"], s["batch"], s.get("device")): (s, c) for s, c in self.timings if not c.get("error")}
         return list(found.values())
 
 
@@ -75,7 +75,9 @@ class Facts:
     candidates: int
 
 
-def measured_front(finalists: list[Finalist], objectives: list[tuple[str, str]], batch: int) -> set[int]:
+def measured_front(
+    finalists: list[Finalist], objectives: list[tuple[str, str]], batch: int, backend: str = "eager"
+) -> set[int]:
     """Evaluations of the finalists that none of the others dominates once their latencies are the measured ones.
 
     Empty where latency is no objective, or a finalist's was not measured.
@@ -84,7 +86,7 @@ def measured_front(finalists: list[Finalist], objectives: list[tuple[str, str]],
         return set()
     points = []
     for finalist in finalists:
-        timing = finalist.measured("eager", batch)
+        timing = finalist.measured(backend, batch)
         if timing is None:
             return set()
         metrics = {**finalist.row["metrics"], "latency_ms": timing["median_ms"]}

@@ -35,9 +35,9 @@ def correlation_figure(correlation: Correlation) -> Any:
     return figure
 
 
-def latency_figure(finalists: list[Finalist], batch: int) -> Any:
+def latency_figure(finalists: list[Finalist], batch: int, backend: str = "eager") -> Any:
     """Predicted against measured, with the 95 % interval of the measured median and the line of equality."""
-    rows = [(f, f.predicted_ms, f.measured("eager", batch)) for f in finalists]
+    rows = [(f, f.predicted_ms, f.measured(backend, batch)) for f in finalists]
     known = [(f, predicted, timing) for f, predicted, timing in rows if predicted is not None and timing is not None]
     figure = go.Figure(layout=_LAYOUT)
     measured = [timing["median_ms"] for _, _, timing in known]
@@ -58,14 +58,14 @@ def latency_figure(finalists: list[Finalist], batch: int) -> Any:
     )  # fmt: skip
     figure.update_layout(showlegend=False)
     figure.update_xaxes(title="predicted latency_ms", range=[0, top])
-    figure.update_yaxes(title=f"measured (eager, batch {batch})", range=[0, top])
+    figure.update_yaxes(title=f"measured ({backend}, batch {batch})", range=[0, top])
     return figure
 
 
-def fronts_figure(finalists: list[Finalist], objective: str, stay: set[int], batch: int) -> Any:
+def fronts_figure(finalists: list[Finalist], objective: str, stay: set[int], batch: int, backend: str = "eager") -> Any:
     """The finalists on the predicted front and where measurement puts them; hollow where another now dominates."""
     figure = go.Figure(layout=_LAYOUT)
-    rows = [(f, f.predicted_ms, f.measured("eager", batch)) for f in finalists]
+    rows = [(f, f.predicted_ms, f.measured(backend, batch)) for f in finalists]
     known = [(f, predicted, timing) for f, predicted, timing in rows if predicted is not None and timing is not None]
     for f, predicted, timing in known:
         figure.add_scatter(
@@ -84,7 +84,7 @@ def fronts_figure(finalists: list[Finalist], objective: str, stay: set[int], bat
         marker={"color": ACCENT, "size": 11, "symbol": symbols},
         hovertemplate="%{text}: measured %{x:.3f} ms<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(title=f"latency_ms (eager, batch {batch})", rangemode="tozero")
+    figure.update_xaxes(title=f"latency_ms ({backend}, batch {batch})", rangemode="tozero")
     figure.update_yaxes(title=objective)
     return figure
 

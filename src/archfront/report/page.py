@@ -10,6 +10,7 @@ import markupsafe
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from plotly.offline import get_plotlyjs
+from scipy import stats
 
 from archfront import __version__
 from archfront.cli.common import duration, moment, number
@@ -26,6 +27,7 @@ from archfront.report.figures import (
     history_figure,
     latency_figure,
 )
+from archfront.report.layers import layer_table
 
 
 def write_report(job: Job, to: Path) -> None:
@@ -70,6 +72,7 @@ def _content(facts: Facts) -> dict[str, Any]:
         "trained": any(f.training for f in facts.finalists),
         "deployed": deployed,
         "deployed_figure": _html(deployment_figure(deployed)) if deployed else None,
+        "layers": [(f, table) for f in facts.finalists if (table := layer_table(job, space, f)) is not None],
         "drawings": [(f, draw(space.describe(f.row["genotype"]))) for f in facts.finalists],
         "spec": yaml.safe_dump(job.spec, sort_keys=False, width=110),
         "code": job.ledger.last_code(job.id),
@@ -98,28 +101,32 @@ def _tiles(facts: Facts, status: dict[str, Any]) -> list[tuple[str, str]]:
 def _latency(facts: Facts, job: Job) -> dict[str, Any] | None:
     """How far prediction and measurement differ at the batch size that was predicted, and both fronts."""
     finalists = facts.finalists
-    batch = next((e.get("batch", 1) for e in job.spec["evaluators"] if e["name"] == "latency"), None)
-    if batch is None:
+    spec = next((e for e in job.spec["evaluators"] if e["name"] == "latency"), None)
+    if spec is None:
         return None
+    batch, backend = spec.get("batch", 1), spec.get("backend", "eager")
     pairs = [
         (f.predicted_ms, timing["median_ms"])
         for f in finalists
-        if f.predicted_ms is not None and (timing := f.measured("eager", batch)) is not None
+        if f.predicted_ms is not None and (timing := f.measured(backend, batch)) is not None
     ]
     if not pairs:
         return None
     objectives = facts.front.objectives
-    stay = measured_front(finalists, objectives, batch)
+    stay = measured_front(finalists, objectives, batch, backend)
     other = next((name for name, _ in objectives if name != "latency_ms"), None)
+    ranks = stats.spearmanr([p for p, _ in pairs], [m for _, m in pairs])[0] if len(pairs) > 2 else None
     errors = [100 * (predicted / measured - 1) for predicted, measured in pairs]
     return {
-        "figure": _html(latency_figure(finalists, batch)),
+        "figure": _html(latency_figure(finalists, batch, backend)),
         "median": statistics.median(abs(e) for e in errors),
         "largest": max(errors, key=abs),
         "batch": batch,
+        "backend": backend,
+        "ranks": ranks,
         "count": len(pairs),
         "stay": stay,
-        "fronts": _html(fronts_figure(finalists, other, stay, batch)) if stay and other else None,
+        "fronts": _html(fronts_figure(finalists, other, stay, batch, backend)) if stay and other else None,
     }
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +23,21 @@ from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.energy import NvmlMeter, energy_mj, find_meter
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.evaluators.latency.measure_process import _call, notes
-from archfront.evaluators.latency.measurement import Settings, Timing, add_energy, failed, measured_elsewhere, summary
+from archfront.evaluators.latency.measurement import (
+    Settings,
+    Timing,
+    add_energy,
+    failed,
+    measure,
+    measured_elsewhere,
+    pace,
+    summary,
+)
 from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.onnx_backend import OutputsDifferError, check_outputs, onnx_call
+from archfront.evaluators.latency.operators import Operator
 from archfront.evaluators.latency.pinning import Core, choose, pin
+from archfront.evaluators.latency.profile import Profile, profile_operators
 from archfront.evaluators.latency.space_traces import traced_genotypes
 from archfront.search.job import Finalists
 from archfront.spaces.fbnet import FBNetTiny
@@ -125,7 +136,13 @@ def test_jobs_know_onnx() -> None:
 def test_operators_are_corrected_by_networks_that_ran_on_the_backend() -> None:
     eager, onnx = (
         network_latency(
-            SPACE, fingerprint(1), backend=backend, networks=8, operator_settings=QUICK, network_settings=QUICK
+            SPACE,
+            fingerprint(1),
+            backend=backend,
+            networks=8,
+            randoms=0,
+            operator_settings=QUICK,
+            network_settings=QUICK,
         )
         for backend in ("eager", "onnx")
     )
@@ -375,3 +392,49 @@ def test_timings_of_before_still_load() -> None:
     )
     timing = Timing(**json.loads(stored))
     assert (timing.median_ms, timing.energy_mj) == (1.5, None)
+
+
+# Neighbours
+
+
+def test_what_nobody_disturbed_is_told_from_what_a_neighbour_slowed() -> None:
+    rng = np.random.default_rng(0)
+
+    def sampled(busy: float) -> Timing:
+        slowed = np.where(rng.random(30) < busy, 1.6, 1.0)
+        return summary((slowed * rng.normal(1, 0.01, 30)).tolist(), Settings())
+
+    alone, shared, crowded = sampled(0.0), sampled(0.4), sampled(0.75)
+    for timing in (alone, shared, crowded):
+        assert timing.quiet_ms == pytest.approx(1, rel=0.03)
+    assert crowded.median_ms > 1.5
+
+
+def test_processes_are_compared_at_one_pace() -> None:
+    assert pace({"probe_ms": 0.4}, 0.3) == pytest.approx(0.75)
+    assert pace({"probe_ms": None}, 0.3) == pace({}, 0.3) == pace({"probe_ms": 0.4}, None) == 1.0
+    # The probe is interleaved with what is measured.
+    order: list[str] = []
+    settings = Settings(rounds=4, sample_ms=0.01, warmup_ms=0.01)
+    _, probe_ms = measure([lambda: order.append("item")], settings, lambda: order.append("probe") or 0.3)  # type: ignore[func-returns-value]
+    assert probe_ms == pytest.approx(0.3)
+    assert [order.count("probe"), order[-1], order[-2]] == [4, "probe", "item"]
+
+
+def test_a_slower_process_gives_a_profile_of_the_same_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spell as long as a process slows its operators and its probe alike."""
+    slower = iter([1.0, 1.5, 1.25])
+
+    def measured(_: Any, items: Sequence[Any], **__: Any) -> tuple[list[Timing], dict[str, Any]]:
+        spell = next(slower)
+        timing = summary([2.0 * spell] * 3, Settings())
+        return [timing] * len(items), {"device": fingerprint(1).to_json(), "probe_ms": 0.3 * spell}
+
+    monkeypatch.setattr(f"{profile_operators.__module__}.measured_elsewhere", measured)
+    monkeypatch.setattr(f"{profile_operators.__module__}._chunks", lambda calls: [[call] for call in calls])
+    operators = [Operator(call=str(i), module="", macs=1, read_bytes=1, written_bytes=1, weight_bytes=0) for i in "abc"]
+    found = profile_operators(operators, Profile(device=fingerprint(1).to_json(), threads=1))
+    assert list(found.ms.values()) == pytest.approx([2.0, 2.0, 2.0])
+    again = Profile.from_json(found.to_json())
+    assert again.probe_ms == found.probe_ms == pytest.approx(0.3)
+    assert again.digest == found.digest

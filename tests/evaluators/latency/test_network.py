@@ -96,6 +96,18 @@ def test_operators_never_measured_are_guessed_and_named() -> None:
     assert "conv" in notes[0]
 
 
+def test_intervals_promise_for_networks_alike() -> None:
+    """Networks far apart serve the fit, but their larger errors do not widen the intervals."""
+    profile = made_up(NETWORKS)
+    rng = np.random.default_rng(0)
+    spread = [i % 2 == 0 for i in range(len(NETWORKS))]
+    noise = np.where(spread, rng.choice([0.8, 1.2], len(NETWORKS)), rng.choice([0.98, 1.02], len(NETWORKS)))
+    ms = true_ms(profile, NETWORKS) * noise
+    narrow = NetworkLatency(profile).fit(NETWORKS, ms, [not far for far in spread]).relative_width(0.8)
+    wide = NetworkLatency(profile).fit(NETWORKS, ms).relative_width(0.8)
+    assert 0.02 < narrow < 0.15 < wide
+
+
 def test_too_little_to_learn_from_is_refused() -> None:
     profile = made_up(NETWORKS)
     with pytest.raises(InputError, match="Measure 6 or more"):
@@ -163,7 +175,7 @@ def test_devices_that_are_not_there_are_named() -> None:
 
 def test_the_evaluator_prices_a_space_by_its_operators() -> None:
     made = network_latency(
-        SPACE, fingerprint(1), samples=12, networks=12, operator_settings=QUICK, network_settings=QUICK
+        SPACE, fingerprint(1), samples=12, networks=12, randoms=0, operator_settings=QUICK, network_settings=QUICK
     )
     evaluator = Latency(mode="operators")
     artifact = {**made.to_json(), "device": fingerprint(1).to_json()}

@@ -1,0 +1,247 @@
+"""Finalists on this processor: does what a policy promised come true as a file?
+
+A small vision transformer (MNIST) and an FBNet (CIFAR-10) are trained here; a search over bit widths goes by predicted
+latency, its finalists are measured on every backend against the network itself on its fastest backend in float32, and
+30 random policies tell how well predicted ranks hold. Then, measured together: a ResNet-20 with half the channels of
+its blocks, alone and in int8, beside policies of 4, 3 and 2 bits; and the transformer with merged tokens.
+
+    python benchmarks/finalists.py [--quick] [--work FOLDER] [--only vit fbnet resnet20 tokens]
+
+Needs ``ARCHFRONT_DATA``, ``archfront[onnx]``, and OpenVINO for its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import machine, show
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+
+import archfront
+from archfront.cli.benching import measured, served_backends
+from archfront.db.queries import find_evaluation
+from archfront.evaluators.compression.compressible import Compressible
+from archfront.evaluators.datasets.dataset import load
+from archfront.evaluators.deployment.deployed import deployed_items
+from archfront.evaluators.deployment.int8_files import vnni
+from archfront.evaluators.deployment.policy_latency import bits_of, int8_mask, mask_items
+from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
+from archfront.evaluators.latency.predictors.layers import FORMAT, LayerLatency
+from archfront.evaluators.onnx_files import export_onnx
+from archfront.evaluators.training_loop import Run
+from archfront.evaluators.training_recipe import Recipe
+from archfront.plugins import read_plugins
+from archfront.search.job import Finalists
+from archfront.search.plugins import load_plugins
+from archfront.spaces.models.registry import MODELS
+from archfront.spaces.policies.policy_chain import policies_of
+from archfront.spaces.registry import SPACES
+
+PLUGIN = Path(__file__).parents[1] / "tests" / "plugins" / "throw_away_policies.py"
+FBNET = {"name": "fbnet-tiny", "resolution": 32, "layers": 8}
+NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], Recipe]] = {
+    "vit": (
+        {"name": "vit", "patch": 4, "depth": 4, "dim": 192}, {"name": "mnist"},
+        Recipe(optimizer="adamw", learning_rate=0.001, batch=128, augmentation="shift"),
+    ),
+    "fbnet": (
+        {"name": "network", "space": FBNET, "genotype": ["k3_e6"] * 8}, {"name": "cifar10"},
+        Recipe(optimizer="sgd", learning_rate=0.1, batch=128),
+    ),
+}  # fmt: skip
+RESNET = {
+    "name": "cifar-resnet", "depth": 20, "normalisation": "imagenet", "weights": "checkpoints/resnet20-12fca82f.th"
+}  # fmt: skip
+SETTINGS = Settings(rounds=60, sample_ms=2.0)
+COLUMNS = ["network", "policy", "backend", "ms", "times as fast", "points lost, test", "packed MiB"]
+
+
+def trained(name: str, work: Path, images: int, epochs: int) -> dict[str, Any]:
+    """A network's job-file mapping, with weights that are trained once."""
+    source, data, recipe = NETWORKS[name]
+    file = work / f"{name}.safetensors"
+    if not file.exists():
+        made = MODELS.build(source, "model")
+        raw = load(data, made.resolution, made.in_channels)
+        run = Run(made.architecture, replace(raw, split={**raw.split, "train": raw.split["train"][:images]}), recipe,
+                  seed=0)  # fmt: skip
+        for epoch in range(1, epochs + 1):
+            run.train(epoch, epochs)
+            print(f"  {name}: epoch {epoch} of {epochs}, loss {run.loss:.3f}", flush=True)
+        save_file({key: value.detach().contiguous() for key, value in run.model.state_dict().items()}, file)
+    return {**source, "weights": str(file)}
+
+
+def searched(name: str, model: dict[str, Any], work: Path, quick: bool) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Rows of the finalists of a search over bits, and how predicted and measured ranks agree."""
+    config = {"name": "bits", "model": model, "weights": [4, 8, 32], "activations": "follow"}
+    space = SPACES.build(config, "space")
+    db = work / f"{name}.db"
+    for old in work.glob(f"{db.name}*"):
+        old.unlink()
+    job = archfront.run(
+        {
+            "name": name, "space": config, "data": NETWORKS[name][1],
+            "evaluators": [
+                {"name": "compression", "fidelities": [100 if quick else 1000]},
+                {"name": "latency", "mode": "layers", "backend": "onnx-int8"},
+            ],
+            "objectives": [
+                {"metric": "divergence", "direction": "min"}, {"metric": "latency_ms", "direction": "min"}
+            ],
+            "seeds": [space.genotype({s.id: 8 for s in space.sites})],  # type: ignore[attr-defined]
+            "strategy": {"name": "surrogate-nsga2", "population": 20},
+            "budget": {"evaluations": 20 if quick else 80}, "workers": {"executor": "process", "count": 1},
+        },
+        db=db,
+    )  # fmt: skip
+    plan = Finalists(count=2 if quick else 5, backends=_backends(), batches=[1], where="accuracy_drop <= 2")
+    job.resume(bench=plan, accept_changes=lambda _: True, announce=print)
+    rows = [_row(name, f"finalist {r['evaluation']}", r, None) for r in measured(job) if not r["error"]]
+    with job.ledger.engine.connect() as connection:
+        numbers = dict.fromkeys(str(r["evaluation"]) for r in measured(job))
+        finalists = [find_evaluation(connection, job.id, number)["genotype"] for number in numbers]
+    [content] = job.ledger.artifacts("latency", f"{FORMAT}:")
+    return rows, {"network": name, **ranks(space, LayerLatency.from_json(content), finalists, 5 if quick else 30)}
+
+
+def ranks(space: Any, predictor: LayerLatency, finalists: Sequence[Any], count: int) -> dict[str, Any]:
+    """Predicted and measured latency of finalists and random policies on the predictor's backend."""
+    bits = bits_of(space)
+    drawn = space.to_json(space.sample_spread(np.random.default_rng(11), count))
+    paths = [price.layer for price in predictor.layers]
+    masks = int8_mask(bits, paths, [*finalists, *drawn])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "float.onnx"
+        export_onnx(bits.source.build().eval(), bits.source.example(2), source, any_batch=True)
+        items = mask_items(bits, source, paths, masks, backend="onnx-int8")
+        timings, _ = measured_elsewhere(None, items, threads=1, settings=SETTINGS)
+    found = predictor.predict(masks)
+    ms = np.array([t.median_ms for t in timings])
+    quiet = np.array([t.quiet_ms for t in timings])
+    return {
+        "policies": len(ms), "least ms": float(ms.min()), "most ms": float(ms.max()),
+        "Spearman": float(spearmanr(found.ms, ms)[0]), "Spearman, undisturbed": float(spearmanr(found.ms, quiet)[0]),
+        "median error, undisturbed": float(np.median(np.abs(found.ms / quiet - 1))),
+        "predicted_ms": found.ms.tolist(), "measured_ms": ms.tolist(), "quiet_ms": quiet.tolist(),
+    }  # fmt: skip
+
+
+def together(name: str, space: Any, data: Mapping[str, Any], policies: Mapping[str, Any]) -> list[list[Any]]:
+    """Policies by name, as files on every backend, measured together with the network itself."""
+    made = load(data, space.resolution, space.in_channels)
+    network = Compressible(policies_of(space, name), made, 256)
+    backends = [b for b in _backends() if b != "onnx-int8-dynamic" or name == "tokens"]
+    floats = [b for b in backends if "int8" not in b]
+    items = [{"untouched": True, "backend": backend} for backend in floats]
+    items += [{"genotype": genotype, "backend": backend} for genotype in policies.values() for backend in backends]
+    names = [name for name in policies for _ in backends]
+    with tempfile.TemporaryDirectory() as folder:
+        given, facts = deployed_items(network, items, Path(folder), 1)
+        timings, _ = measured_elsewhere(None, given, threads=1, settings=SETTINGS)
+    base = min(t.median_ms for t in timings[: len(floats)])
+    rows = [["", "the network itself", b, t.median_ms, base / t.median_ms, 0.0, None]
+            for b, t in zip(floats, timings, strict=False)]  # fmt: skip
+    for policy, item, timing, known in zip(names, items[len(floats) :], timings[len(floats) :], facts[len(floats) :],
+                                           strict=True):  # fmt: skip
+        if timing.error is None:
+            size = network.costs(network.space.variant(item["genotype"]), 0)["model_mb"]
+            rows.append(["", policy, item["backend"], timing.median_ms, base / timing.median_ms,
+                         known["test_accuracy_drop"], size])  # fmt: skip
+    return [[name, *row[1:]] for row in rows]
+
+
+def pruned_resnet() -> list[list[Any]]:
+    """Channels and bits: half of the channels between the convolutions of each block, and 8, 4, 3 and 2 bits."""
+    config = {
+        "name": "joint",
+        "parts": {
+            "pruned": {"name": "pruned-channels", "model": RESNET, "shares": [0.5, 1.0]},
+            "bits": {"name": "bits", "model": RESNET, "weights": [2, 3, 4, 8, 32], "activations": [8, 32]},
+        },
+    }
+    space: Any = SPACES.build(config, "space")
+    chain = policies_of(space, "resnet20")
+
+    def policy(share: float, bits: int) -> Any:
+        choices = {
+            s.id: share if s.kind == "channels" else bits if s.kind == "weight-bits" else min(max(bits, 8), 32)
+            for s in chain.sites
+        }
+        return chain.genotype(choices)
+
+    named = {"half the channels": policy(0.5, 32), "half the channels, 8 bits": policy(0.5, 8)}
+    named |= {f"{bits} bits (in int8)": policy(1.0, bits) for bits in (8, 4, 3, 2)}
+    return together("resnet20", space, {"name": "cifar10"}, named)
+
+
+def merged_tokens(model: dict[str, Any]) -> list[list[Any]]:
+    """Six pairs of tokens merged before each block, alone and in int8."""
+    config = {
+        "name": "joint",
+        "parts": {
+            "tokens": {"name": "merge-schedule", "model": model, "pairs": [6, 0]},
+            "bits": {"name": "bits", "model": model, "weights": [8, 32], "activations": "follow"},
+        },
+    }
+    space: Any = SPACES.build(config, "space")
+    chain = policies_of(space, "tokens")
+
+    def policy(pairs: int, bits: int) -> Any:
+        return chain.genotype({s.id: pairs if s.kind == "tokens" else bits for s in chain.sites})
+
+    own, less = (chain.cost_table(chain.from_json([policy(pairs, 32)]))["macs"][0] for pairs in (0, 6))
+    named = {f"6 pairs merged a block: {own / less:.2f} times fewer operations": policy(6, 32),
+             "6 pairs merged, 8 bits": policy(6, 8), "8 bits": policy(0, 8)}  # fmt: skip
+    return together("tokens", space, {"name": "mnist"}, named)
+
+
+def _row(network: str, policy: str, row: Mapping[str, Any], size: float | None) -> list[Any]:
+    ratio = row["baseline"]["median_ms"] / row["median_ms"] if row.get("baseline") else None
+    return [network, policy, row["backend"], row["median_ms"], ratio, row.get("test_accuracy_drop"), size]
+
+
+def _backends() -> list[Any]:
+    return [b for b in served_backends(policies=True) if b.startswith(("onnx", "openvino"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
+    parser.add_argument("--only", nargs="+", default=["vit", "fbnet", "resnet20", "tokens"])
+    parser.add_argument("--work", type=Path, default=Path("finalists"), help="folder for weights and searches")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    facts = {**machine(), "vnni": vnni()}
+    options.work.mkdir(parents=True, exist_ok=True)
+    load_plugins(read_plugins([str(PLUGIN)]))
+    images, epochs = (640, 1) if options.quick else (20_000, 2)
+    rows: list[list[Any]] = []
+    agreements: list[dict[str, Any]] = []
+    for name in options.only:
+        if name in NETWORKS:
+            found, agreement = searched(name, trained(name, options.work, images, epochs), options.work, options.quick)
+            rows += found
+            agreements.append(agreement)
+        elif name == "resnet20":
+            rows += pruned_resnet()
+        else:
+            rows += merged_tokens(trained("vit", options.work, images, epochs))
+        content = {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "ranks": agreements}
+        options.json.write_text(json.dumps({"machine": facts, **content}, indent=2) + "\n")
+    show("Finalists as files, batch 1, one thread", COLUMNS, rows)
+    if agreements:
+        keys = [key for key in agreements[0] if not key.endswith("_ms")]
+        show("Predicted and measured latency, onnx-int8", keys, [[one[key] for key in keys] for one in agreements])
+
+
+if __name__ == "__main__":
+    main()

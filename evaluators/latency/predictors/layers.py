@@ -1,0 +1,135 @@
+"""The latency of one network whose layers compute in float or in int8, each as a policy says.
+
+The times of its layers in a file all in float and in one all in int8, as the runtime's own profiler tells, are summed;
+what lies between layers depends on which neighbours agree, for values change their type there. Both are weighted as
+networks of some policies were measured, as in ``NetworkLatency``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from archfront.errors import InputError
+from archfront.evaluators.latency.digests import json_digest
+from archfront.evaluators.latency.predictors.conformal import check_confidence, conformal_quantile, split_interval
+from archfront.evaluators.latency.predictors.network import LEAST_NETWORKS, fit_terms
+from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, Prediction, Vector
+
+FORMAT = "archfront-layer-latency-1"
+
+Mask = npt.NDArray[np.bool_]
+"""``(n, layers)``: which layers compute in int8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPrice:
+    """A layer, in the order in which they run.
+
+    Attributes:
+        layer: its path.
+        float_ms, int8_ms: of one pass.
+        elements: that it reads and writes.
+    """
+
+    layer: str
+    float_ms: float
+    int8_ms: float
+    elements: int
+
+
+class LayerLatency(LatencyPredictor[Mask]):
+    """Predicts a network under policies on one backend of a device.
+
+    Args:
+        layers: in the order in which they run.
+        rest_ms: of all that is in no layer, in float and with all layers in int8.
+        device: its fingerprint as JSON, with the digest.
+    """
+
+    name: ClassVar[str] = "layers"
+
+    def __init__(
+        self, layers: Sequence[LayerPrice], rest_ms: tuple[float, float], device: Mapping[str, Any] | None = None
+    ) -> None:
+        self.layers = tuple(layers)
+        self.rest_ms = rest_ms
+        self.device = dict(device or {})
+        self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
+        self._scores: Vector = np.zeros(0)
+
+    def fit(self, networks: Mask, ms: Vector) -> Self:
+        """Fit what is between layers.
+
+        Raises:
+            InputError: fewer than 6 networks, or latencies that are not positive and finite.
+        """
+        measured = np.asarray(ms, dtype=np.float64)
+        if len(networks) != len(measured) or len(networks) < LEAST_NETWORKS:
+            problem = f"are {len(networks)} networks with {len(measured)} latencies"
+            raise InputError("latency.calibration", len(networks), problem, f"Measure {LEAST_NETWORKS} or more.")
+        if not (np.isfinite(measured) & (measured > 0)).all():
+            raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
+        self.__dict__.pop("digest", None)
+        self._weights, self._scores = fit_terms(self.terms(networks), measured)
+        return self
+
+    def predict(self, networks: Mask, confidence: float = 0.9) -> Prediction:
+        check_confidence(confidence)
+        ms = self.terms(networks) @ self._weights
+        low, high = split_interval(ms, self.relative_width(confidence))
+        return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence)
+
+    def relative_width(self, confidence: float) -> float:
+        """Half of the interval as a share of the prediction; infinite without enough calibration networks."""
+        return conformal_quantile(self._scores, confidence) if len(self._scores) else float("inf")
+
+    def terms(self, networks: Mask) -> npt.NDArray[np.float64]:
+        """``(n, 5)``: the sum of the layers, one, thousands of elements of layers in int8, and of neighbours that
+        differ, and how many of these there are."""
+        prices = np.array([(p.float_ms, p.int8_ms, p.elements / 1e3) for p in self.layers], dtype=np.float64)
+        float_ms, int8_ms, elements = prices.reshape(-1, 3).T
+        int8 = np.asarray(networks, dtype=np.float64)
+        share = int8.mean(axis=1)
+        rest = (1 - share) * self.rest_ms[0] + share * self.rest_ms[1]
+        differ = np.abs(np.diff(int8, axis=1))
+        between = np.minimum(elements[:-1], elements[1:])
+        return np.stack(
+            [(1 - int8) @ float_ms + int8 @ int8_ms + rest, np.ones(len(int8)), int8 @ elements, differ @ between,
+             differ.sum(axis=1)],
+            axis=1,
+        )  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """The version: two of one digest predict the same."""
+        return json_digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "device": self.device,
+            "layers": [asdict(price) for price in self.layers],
+            "rest_ms": list(self.rest_ms),
+            "weights": self._weights.tolist(),
+            "scores": self._scores.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerLatency:
+        """The inverse of ``to_json``.
+
+        Raises:
+            InputError: it is not a predictor of this format.
+        """
+        if data.get("format") != FORMAT:
+            raise InputError("latency.predictor", data.get("format"), "is no predictor", f"Give one of {FORMAT}.")
+        made = cls([LayerPrice(**price) for price in data["layers"]], tuple(data["rest_ms"]), data["device"])
+        made._weights = np.array(data["weights"], dtype=np.float64)
+        made._scores = np.array(data["scores"], dtype=np.float64)
+        return made
