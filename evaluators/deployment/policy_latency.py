@@ -158,7 +158,7 @@ def _fitted(
         for layer in layers
     ]
     rest = (float(tables[0][""]["ms"]), float(tables[1][""]["ms"]))
-    return LayerLatency(prices, rest, device).fit(masks, ms)
+    return LayerLatency(prices, rest, device, probe_ms).fit(masks, ms)
 
 
 _NOTHING: Mapping[str, Any] = {"ms": 0.0, "elements": 0}

@@ -50,16 +50,22 @@ class LayerLatency(LatencyPredictor[Mask]):
         layers: in the order in which they run.
         rest_ms: of all that is in no layer, in float and with all layers in int8.
         device: its fingerprint as JSON, with the digest.
+        probe_ms: of the process that its pace is of, see ``quietness``.
     """
 
     name: ClassVar[str] = "layers"
 
     def __init__(
-        self, layers: Sequence[LayerPrice], rest_ms: tuple[float, float], device: Mapping[str, Any] | None = None
+        self,
+        layers: Sequence[LayerPrice],
+        rest_ms: tuple[float, float],
+        device: Mapping[str, Any] | None = None,
+        probe_ms: float | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.rest_ms = rest_ms
         self.device = dict(device or {})
+        self.probe_ms = probe_ms
         self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
         self._scores: Vector = np.zeros(0)
 
@@ -114,6 +120,7 @@ class LayerLatency(LatencyPredictor[Mask]):
         return {
             "format": FORMAT,
             "device": self.device,
+            "probe_ms": self.probe_ms,
             "layers": [asdict(price) for price in self.layers],
             "rest_ms": list(self.rest_ms),
             "weights": self._weights.tolist(),
@@ -129,7 +136,8 @@ class LayerLatency(LatencyPredictor[Mask]):
         """
         if data.get("format") != FORMAT:
             raise InputError("latency.predictor", data.get("format"), "is no predictor", f"Give one of {FORMAT}.")
-        made = cls([LayerPrice(**price) for price in data["layers"]], tuple(data["rest_ms"]), data["device"])
+        prices = [LayerPrice(**price) for price in data["layers"]]
+        made = cls(prices, tuple(data["rest_ms"]), data["device"], data.get("probe_ms"))
         made._weights = np.array(data["weights"], dtype=np.float64)
         made._scores = np.array(data["scores"], dtype=np.float64)
         return made
