@@ -97,7 +97,8 @@ class Latency(Evaluator):
             raise InputError("evaluators.latency.verify", verify, "is no share", "Give a number from 0 to 1.")
         if verify and mode in ("measure", "layers"):
             remedy = "Leave it out, or choose mode 'table' or 'operators'."
-            raise InputError("evaluators.latency.verify", verify, f"does not go with mode '{mode}'", remedy)
+            why = "is for predictions, and all are measured" if mode == "measure" else f"does not go with mode '{mode}'"
+            raise InputError("evaluators.latency.verify", verify, why, remedy)
         self.device = device
         self.batch = batch
         self.threads = threads

@@ -97,16 +97,6 @@ def test_few_shot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finalists(tmp_path: Path) -> None:
-    if not os.environ.get("ARCHFRONT_DATA"):
-        pytest.skip("needs CIFAR-10: set ARCHFRONT_DATA")
-    found = quick("finalists.py", tmp_path, "--only", "fbnet", "--work", str(tmp_path))
-    assert {"onnx", "onnx-int8", "openvino-int8"} <= {row["backend"] for row in found["rows"]}
-    assert all(row["ms"] > 0 and row["times as fast"] > 0 for row in found["rows"])
-    assert found["ranks"][0]["policies"] > 5
-
-
-@pytest.mark.slow
 def test_space_searches(tmp_path: Path) -> None:
     found = quick("space_searches.py", tmp_path)
     assert all(row["evaluations"] == 6 and row["front"] for row in found["spaces"])

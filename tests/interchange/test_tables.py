@@ -169,7 +169,7 @@ def test_the_command_tells_jobs_from_candidates(job: Job, tmp_path: Path) -> Non
         "a folder that does not exist": ("--to", f"tensorboard:{tmp_path}/none/x"),
         "names no place. Write one of optuna:URL": ("--to", "csv:"),
         "names no place. Name a file": (),
-        "has an unknown format": ("3", "--to", "model.onnx"),
+        "has an unknown format": ("3", "--to", "model.gguf"),
     }
     for words, arguments in wrong.items():
         code, said = command(job, *arguments)
