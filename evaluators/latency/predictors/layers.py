@@ -18,7 +18,7 @@ import numpy.typing as npt
 from archfront.errors import InputError
 from archfront.evaluators.latency.digests import json_digest
 from archfront.evaluators.latency.predictors.conformal import check_confidence, conformal_quantile, split_interval
-from archfront.evaluators.latency.predictors.network import LEAST_NETWORKS, fit_terms
+from archfront.evaluators.latency.predictors.network import fit_terms
 from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, Prediction, Vector
 
 FORMAT = "archfront-layer-latency-1"
@@ -75,14 +75,8 @@ class LayerLatency(LatencyPredictor[Mask]):
         Raises:
             InputError: fewer than 6 networks, or latencies that are not positive and finite.
         """
-        measured = np.asarray(ms, dtype=np.float64)
-        if len(networks) != len(measured) or len(networks) < LEAST_NETWORKS:
-            problem = f"are {len(networks)} networks with {len(measured)} latencies"
-            raise InputError("latency.calibration", len(networks), problem, f"Measure {LEAST_NETWORKS} or more.")
-        if not (np.isfinite(measured) & (measured > 0)).all():
-            raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
+        self._weights, self._scores = fit_terms(self.terms(networks), ms)
         self.__dict__.pop("digest", None)
-        self._weights, self._scores = fit_terms(self.terms(networks), measured)
         return self
 
     def predict(self, networks: Mask, confidence: float = 0.9) -> Prediction:

@@ -58,15 +58,8 @@ class NetworkLatency(LatencyPredictor[Sequence[Trace]]):
         Raises:
             InputError: fewer than 6 networks, or latencies that are not positive and finite.
         """
-        measured = np.asarray(ms, dtype=np.float64)
-        if len(networks) != len(measured) or len(networks) < LEAST_NETWORKS:
-            problem = f"are {len(networks)} networks with {len(measured)} latencies"
-            raise InputError("latency.calibration", len(networks), problem, f"Measure {LEAST_NETWORKS} or more.")
-        if not (np.isfinite(measured) & (measured > 0)).all():
-            raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
-        terms = self.terms(networks)
+        self._weights, scores = fit_terms(self.terms(networks), ms)
         self.__dict__.pop("digest", None)
-        self._weights, scores = fit_terms(terms, measured)
         self._scores = scores if alike is None else scores[np.asarray(alike, dtype=np.bool_)]
         return self
 
@@ -147,17 +140,26 @@ def _extrapolated(network: Trace, prices: Vector, measured: npt.NDArray[np.bool_
     return (f"{guessed}: {share:.0%} of the time", *network.warnings)
 
 
-def fit_terms(terms: npt.NDArray[np.float64], measured: Vector) -> tuple[Vector, Vector]:
+def fit_terms(terms: npt.NDArray[np.float64], ms: Vector) -> tuple[Vector, Vector]:
     """Non-negative weights of terms, of which the first is the sum that the others correct, and how far each network
     lies from the fit to the others.
 
     Args:
         terms: ``(networks, terms)``.
-        measured: ``(networks,)`` ms.
+        ms: ``(networks,)``, measured.
 
     Returns:
         ``(terms,)`` weights, and ``(networks,)`` relative errors.
+
+    Raises:
+        InputError: fewer than 6 networks, or latencies that are not positive and finite.
     """
+    measured = np.asarray(ms, dtype=np.float64)
+    if len(terms) != len(measured) or len(terms) < LEAST_NETWORKS:
+        problem = f"are {len(terms)} networks with {len(measured)} latencies"
+        raise InputError("latency.calibration", len(terms), problem, f"Measure {LEAST_NETWORKS} or more.")
+    if not (np.isfinite(measured) & (measured > 0)).all():
+        raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
     left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(measured))]
     return _fit(terms, measured), np.abs(measured / np.array(left_out) - 1)
 
