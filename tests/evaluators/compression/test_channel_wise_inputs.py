@@ -71,10 +71,20 @@ def test_a_folded_network_computes_as_with_a_quantiser_for_each_channel(name: st
         for reader in readers:
             by_channel.get_submodule(reader).add_module("input_quantiser", ranges)
     batch = held_out(name, 32)
+    # A value between two codes falls to either side, as the processor rounds, and all that follows in its sample.
+    tied = torch.zeros(len(batch), dtype=torch.bool)
+
+    def note_ties(ranges: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        codes = inputs[0] / ranges.scale
+        nonlocal tied
+        tied = tied | ((codes - codes.floor() - 0.5).abs() < 2e-4).flatten(1).any(1)
+
+    for ranges in observed:
+        ranges.register_forward_pre_hook(note_ties)
     with torch.no_grad():
         expected, found, before = (model(batch) for model in (by_channel, case.student, per_tensor))
-    # A value between two codes falls to either side, as the processor rounds, and what follows in that sample with it.
-    assert float(((found - expected).abs() <= 1e-4).double().mean()) > 0.97
+    assert int((~tied).sum()) >= 4
+    torch.testing.assert_close(found[~tied], expected[~tied], rtol=0, atol=1e-4)
     assert float((before - expected).abs().max()) > 1e-2
     for reader in (reader for readers in NORMS[name].values() for reader in readers):
         made = case.student.get_submodule(reader).get_submodule("input_quantiser")
