@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 
 from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
-from archfront.evaluators.latency.network_profile import NETWORKS, RANDOM_NETWORKS
+from archfront.evaluators.latency.network_profile import MOST_RANDOM, NETWORKS
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.profile import Profile, profile_operators
@@ -49,7 +49,10 @@ OTHER_MODELS = (
     "resnet34", "resnext50_32x4d", "mobilenetv2_050", "efficientnet_lite0", "mnasnet_small", "regnetx_004",
     "regnety_002", "convnext_pico", "vit_tiny_r_s16_p8_224", "deit_small_patch16_224", "mixer_s16_224", "pvt_v2_b1",
     "poolformerv2_s12", "mobilevit_xs", "ghostnet_050", "repvgg_b0", "hardcorenas_a", "tinynet_c", "lcnet_050",
-    "edgenext_x_small",
+    "edgenext_x_small", "resnet14t", "resnet32ts", "mobilenetv2_140", "mobilenetv3_rw", "efficientnet_es",
+    "efficientnet_b2_pruned", "fbnetv3_b", "mnasnet_050", "ghostnet_130", "regnetx_006", "regnety_008",
+    "densenetblur121d", "dla34", "hrnet_w18_small_v2", "repvgg_a1", "convnextv2_atto", "vit_tiny_patch16_384",
+    "deit3_small_patch16_224", "levit_192", "rexnet_130",
 )  # fmt: skip
 QUICK_MODELS = ("mobilenetv3_small_050", "tinynet_e", "lcnet_035", "mnasnet_small", "mobilenetv2_035", "regnetx_002",
                 "lcnet_100", "tinynet_d", "ghostnet_050")  # fmt: skip
@@ -141,16 +144,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     facts, console = machine(), Console()
-    tiny, spread, models, other_models = 100, NETWORKS, TEST_MODELS, OTHER_MODELS
+    tiny, spread, randoms, models, other_models = 100, NETWORKS, MOST_RANDOM, TEST_MODELS, OTHER_MODELS
     settings = Settings(rounds=15, sample_ms=3.0, warmup_ms=50.0)
     if options.quick:
-        tiny, spread, models, other_models = 4, 10, ("lcnet_050", "lcnet_075"), QUICK_MODELS
+        tiny, spread, randoms, models, other_models = 4, 6, 10, ("lcnet_050", "lcnet_075"), QUICK_MODELS
         settings = Settings(rounds=5, sample_ms=1.0)
     space = SPACES.build(SPACE, "space")
     assert isinstance(space, FBNet)
     tests = space.to_json(space.sample(np.random.default_rng(0), tiny))
     rng = np.random.default_rng(1)
-    others = space.to_json(space.sample_spread(rng, spread)) + space.to_json(space.sample(rng, RANDOM_NETWORKS))
+    others = space.to_json(space.sample_spread(rng, spread)) + space.to_json(space.sample(rng, randoms))
     small, large = traces_of(space, [*tests, *others], []), traces_of(space, [], [*models, *other_models])
     start = time.perf_counter()
     profile = profile_operators(
@@ -168,7 +171,7 @@ def main() -> None:
     parts = [
         Part(tests=traces[:count], test_ms=ms[:count], others=traces[count:], other_ms=ms[count:], alike=alike)
         for traces, ms, count, alike in (
-            (small, small_ms, tiny, [False] * spread + [True] * RANDOM_NETWORKS),
+            (small, small_ms, tiny, [False] * spread + [True] * randoms),
             (large, large_ms, len(models), [True] * len(other_models)),
         )
     ]

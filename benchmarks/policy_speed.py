@@ -58,7 +58,9 @@ def main() -> None:
             with torch.no_grad():
                 expected = [space.build(genotype).eval()(batch) for genotype in genotypes[:alone]]
             by_itself = alone / (time.perf_counter() - begun)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=False))
+            # Equal to the bit but for what a processor with other work to do rounds otherwise.
+            for one, other in zip(found, expected, strict=False):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
             sharing = network.sharing
             rows.append([name, kind, together, by_itself, together / by_itself, sharing.computed / sharing.layers])
     columns = ["model", "policies", "a second together", "alone", "ratio", "layers computed"]

@@ -11,14 +11,20 @@ from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
 from archfront.evaluators.latency.space_traces import covering_traces, traced_genotypes
+from archfront.evaluators.latency.tracing import Trace
 from archfront.plugins import Plugin
 from archfront.spaces.space import Space
 
 SAMPLES = 200
 NETWORKS = 24
-RANDOM_NETWORKS = 29
-"""Uniformly drawn, for the intervals: of so many the 27th error is what nine of ten more will stay within."""
+LEAST_RANDOM, MOST_RANDOM = 29, 99
+"""Uniformly drawn, for the intervals. What nine of ten more stay within is the 27th error of 29: these hold 90 % give
+or take 5, by the luck of the draw; of 99 give or take 3."""
+RANDOM_S = 60.0
+"""What those beyond the least may take to measure."""
 PROCESSES = 2
+_START_S = 0.1
+"""To build a network and warm it up."""
 _TIMEOUT_S = 600.0
 _COMPILE_TIMEOUT_S = 3600.0
 """Half a minute to compile a network is no rarity."""
@@ -49,7 +55,8 @@ def network_latency(
         backend: that runs whole networks; single operators are measured eagerly.
         samples: genotypes that are traced to learn which operators a space without blocks has.
         networks: whole ones, spread over the space, that the correction is fitted to.
-        randoms: further ones, drawn at random, for the intervals; by default 29, and none where each is compiled.
+        randoms: further ones, drawn at random, for the intervals; by default 29, more if they are quickly measured,
+            and none where each is compiled.
         operator_settings, network_settings: how long to measure.
 
     Raises:
@@ -58,14 +65,25 @@ def network_latency(
     claimed = "cpu" if place == LOCAL_CPU else place
     rng = np.random.default_rng(0)
     genotypes = space.to_json(space.sample_spread(rng, networks))
-    if randoms is None:
-        randoms = 0 if backend == "compile" else RANDOM_NETWORKS
-    genotypes += space.to_json(space.sample(rng, randoms)) if randoms else []
     traces = list(traced_genotypes(space, genotypes, batch=batch, device=claimed))
     covering = covering_traces(space, samples, batch=batch, device=claimed)
-    empty = Profile(device=device.to_json(), threads=device.threads)
-    operators = [operator for found in (*covering, *traces) for operator in found.operators]
-    profile = profile_operators(operators, empty, settings=operator_settings, timeout_s=_TIMEOUT_S)
+    profile = Profile(device=device.to_json(), threads=device.threads)
+
+    def with_operators(profile: Profile, networks: Sequence[Trace]) -> Profile:
+        operators = [operator for found in networks for operator in found.operators]
+        return profile_operators(operators, profile, settings=operator_settings, timeout_s=_TIMEOUT_S)
+
+    profile = with_operators(profile, [*covering, *traces])
+    if randoms is None and backend == "compile":
+        randoms = 0
+    elif randoms is None:
+        ms = float(NetworkLatency(profile).predict(traces).ms.mean())
+        randoms = affordable_networks(ms, network_settings or Settings())
+    if randoms:
+        drawn = space.to_json(space.sample(rng, randoms))
+        genotypes += drawn
+        traces += traced_genotypes(space, drawn, batch=batch, device=claimed)
+        profile = with_operators(profile, traces)
     times = [
         quiet_elsewhere(
             {"name": space.name, **space.config},
@@ -82,3 +100,10 @@ def network_latency(
     # Load only ever adds: the least of the processes' times is the truest.
     alike = [place >= len(genotypes) - randoms for place in range(len(genotypes))] if randoms else None
     return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0), alike)
+
+
+def affordable_networks(ms: float, settings: Settings) -> int:
+    """How many networks drawn at random, of this latency, are measured for the intervals."""
+    # Each sample comes after one call that is not counted.
+    each_s = PROCESSES * (settings.rounds * (ms + max(ms, settings.sample_ms)) / 1e3 + _START_S)
+    return int(np.clip(RANDOM_S / each_s, LEAST_RANDOM, MOST_RANDOM))

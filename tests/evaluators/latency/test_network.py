@@ -16,7 +16,7 @@ from archfront.evaluators.latency import profile as profile_module
 from archfront.evaluators.latency.device import check_device, fingerprint
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.evaluators.latency.measurement import Settings
-from archfront.evaluators.latency.network_profile import network_latency
+from archfront.evaluators.latency.network_profile import LEAST_RANDOM, MOST_RANDOM, affordable_networks, network_latency
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.predictors.populations import BlockTerms, GenotypeLatency
@@ -106,6 +106,11 @@ def test_intervals_promise_for_networks_alike() -> None:
     narrow = NetworkLatency(profile).fit(NETWORKS, ms, [not far for far in spread]).relative_width(0.8)
     wide = NetworkLatency(profile).fit(NETWORKS, ms).relative_width(0.8)
     assert 0.02 < narrow < 0.15 < wide
+
+
+def test_quick_networks_give_more_for_the_intervals() -> None:
+    counts = [affordable_networks(ms, Settings()) for ms in (0.1, 5.0, 12.0, 100.0)]
+    assert counts[0] == MOST_RANDOM > counts[1] > counts[2] >= counts[3] == LEAST_RANDOM
 
 
 def test_too_little_to_learn_from_is_refused() -> None:
