@@ -30,12 +30,9 @@ test: venv
 	$(BIN)/pytest -q -m "not slow" --numprocesses 2 --dist worksteal
 
 # What measures time or takes the whole machine comes alone, the rest two at a time.
-ALONE := tests/cluster tests/benchmarks tests/evaluators/latency tests/evaluators/test_latency.py
-SLOW := -q -m "slow and not soak and not kernels" --durations=15
-
 test-all: venv
-	$(BIN)/pytest $(SLOW) $(ALONE)
-	$(BIN)/pytest $(SLOW) $(ALONE:%=--ignore=%) --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -q -m "slow and not alone and not soak and not kernels" --durations=15 --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -q -m "slow and alone and not soak and not kernels" --durations=15
 
 # The kill-anything suite: a cluster on network namespaces of this machine (Linux, root, iproute2). Part of test-all.
 test-cluster: venv

@@ -62,6 +62,7 @@ def test_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_latency(tmp_path: Path) -> None:
     found = quick("latency.py", tmp_path)
     assert len(found["rows"]) == 5
@@ -72,12 +73,14 @@ def test_latency(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_fused_latency(tmp_path: Path) -> None:
     rows = quick("fused_latency.py", tmp_path)["rows"]
     assert [row["backend"] for row in rows] == ["onnx", "onnx"]
     assert rows[0]["median error"] < rows[1]["median error"]
 
 
+@pytest.mark.slow
 def test_policy_speed(tmp_path: Path) -> None:
     rows = quick("policy_speed.py", tmp_path)["rows"]
     assert [row["policies"] for row in rows] == ["random", "mutants of one"] * 2

@@ -25,7 +25,7 @@ from faults import (
     Fault,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def under_fault(

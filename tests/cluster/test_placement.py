@@ -12,7 +12,7 @@ from jobs import synthetic_job
 
 from archfront.db.connection import open_engine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def submit(cluster: Cluster, spec: dict[str, Any]) -> int:

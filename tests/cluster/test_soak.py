@@ -11,7 +11,7 @@ from cluster import Cluster, wait_until
 from cluster_jobs import SLOTS, Jobs
 from faults import ALL
 
-pytestmark = [pytest.mark.slow, pytest.mark.soak]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.soak]
 
 FAULTS = 50
 

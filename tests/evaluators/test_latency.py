@@ -238,6 +238,7 @@ def test_prepare_keys_tell_what_they_must(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_small_table_is_measured() -> None:
     table = make_table(SPACE, networks=4, processes=1, settings=QUICK)
     assert set(table.blocks) == {spec.descriptor for spec in SPACE.block_catalogue()}
@@ -291,6 +292,7 @@ def test_spaces_without_blocks_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_table_and_measurement_agree() -> None:
     from scipy.stats import spearmanr
 

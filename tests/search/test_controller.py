@@ -23,7 +23,7 @@ from archfront.db.ledger import Ledger
 _ARCHFRONT = [sys.executable, "-m", "archfront"]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'archfront.db'}"

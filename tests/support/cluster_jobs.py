@@ -16,8 +16,8 @@ class Jobs:
     """Two jobs at once on the cluster: many short evaluations, and real training with checkpoints.
 
     Args:
-        slow: short evaluations of 250 ms, so that they are at work still when a dead head is noticed: actors go on
-            without one for a while.
+        slow: short evaluations of 250 ms and training thrice as long, so that they are at work still when a dead head
+            is noticed: actors go on without one for a while.
     """
 
     def __init__(self, cluster: Cluster, witness: Witness, *, slow: bool = False) -> None:
@@ -28,7 +28,7 @@ class Jobs:
         # On a busy machine a job takes as long to begin as another one to end. So training, which has to load more,
         # begins first, and waits after its first evaluation until the other has begun too.
         gate = cluster.folder / f"gate-{time.monotonic_ns()}"
-        training = self._submit(training_job(self.logs[1], [6, 18], gate))
+        training = self._submit(training_job(self.logs[1], [6, 18] if slow else [2, 6], gate))
         settled(witness, training, 1, 240)
         self.ids = [self._submit(short_job(self.logs[0], 0.25 if slow else 0.05)), training]
         settled(witness, self.ids[0], 1, 240)

@@ -247,6 +247,8 @@ def check_job(job: archfront.Job) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_a_job_learns_from_its_own_measurements(tmp_path: Path) -> None:
     """On this processor, from a table of another that is a hundred times slower."""
     key = Latency().prepare_key(EvaluationContext(space=SPACE))
@@ -261,20 +263,21 @@ def test_a_job_learns_from_its_own_measurements(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["table", "operators"])
 def test_a_device_that_is_quicker_than_when_it_was_profiled(tmp_path: Path, mode: Any) -> None:
-    """Its real profile, as if all had taken half as long again."""
+    """Its real profile, as if all had taken three times as long: more than neighbours on the machine could explain."""
     context, evaluator = EvaluationContext(space=SPACE), Latency(mode=mode)
     artifact = evaluator.prepare(context)
     if mode == "table":
-        artifact["blocks"] = [[name, 1.5 * ms] for name, ms in artifact["blocks"]]
-        artifact["correction"]["intercept_ms"] *= 1.5
+        artifact["blocks"] = [[name, 3 * ms] for name, ms in artifact["blocks"]]
+        artifact["correction"]["intercept_ms"] *= 3
     else:
-        artifact["weights"] = [1.5 * weight for weight in artifact["weights"]]
-    job = learned_job(tmp_path, artifact, evaluator.prepare_key(context), 80, mode=mode, verify=0.75)
+        artifact["weights"] = [3 * weight for weight in artifact["weights"]]
+    job = learned_job(tmp_path, artifact, evaluator.prepare_key(context), 40, mode=mode, verify=0.75)
     found = check_job(job)
     print(json.dumps([found, job.status()["predictor"]], indent=1))
     first, *_, last = [f for f in found.values() if f["pairs"]]
-    assert 0.15 < first["error"] == first["uncorrected"]
+    assert 0.5 < first["error"] == first["uncorrected"]
     assert last["error"] < 0.5 * last["uncorrected"]
     assert last["inside"] > first["inside"]

@@ -133,6 +133,7 @@ def test_jobs_know_onnx() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_operators_are_corrected_by_networks_that_ran_on_the_backend() -> None:
     eager, onnx = (
         network_latency(
