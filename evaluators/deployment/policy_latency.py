@@ -12,17 +12,27 @@ import numpy as np
 from archfront.errors import InputError
 from archfront.evaluators.deployment.int8_files import file_layers, write_dynamic, write_static
 from archfront.evaluators.deployment.layer_times import LayerNode
-from archfront.evaluators.latency.measurement import MeasurementError, Settings, Timing, measured_elsewhere, pace
+from archfront.evaluators.latency.measurement import (
+    MeasurementError,
+    Settings,
+    Timing,
+    affordable,
+    measured_elsewhere,
+    pace,
+)
 from archfront.evaluators.latency.predictors.layers import LayerLatency, LayerPrice, Mask
 from archfront.evaluators.onnx_files import export_onnx
 from archfront.spaces.policies.bits import Bits
 from archfront.spaces.space import Genotype, Space
 
-NETWORKS = 20
+LEAST_NETWORKS, MOST_NETWORKS = 20, 80
+NETWORKS_S = 45.0
+"""What those beyond the least may take a process to measure."""
 PROCESSES = 2
 _POOL = 400
 _INT8 = 8
 _SETTINGS = Settings(rounds=40, sample_ms=2.0)
+_TIMEOUT_S = 900.0
 
 
 def bits_of(space: Space) -> Bits:
@@ -53,9 +63,9 @@ def policy_latency(
     backend: str = "onnx-int8",
     batch: int = 1,
     threads: int = 1,
-    networks: int = NETWORKS,
+    networks: int | None = None,
     settings: Settings = _SETTINGS,
-    timeout_s: float = 900,
+    timeout_s: float = _TIMEOUT_S,
 ) -> LayerLatency:
     """Measure a predictor. Ranges and values are of no account for time, so no data are needed.
 
@@ -65,7 +75,8 @@ def policy_latency(
         backend: ``onnx-int8`` or ``onnx-int8-dynamic``.
         batch: samples a pass.
         threads: that an operator may use.
-        networks: policies that are measured, those all in float and all in int8 included.
+        networks: policies that are measured, those all in float and all in int8 included; by default 20, and more of
+            quick networks.
         settings: how long each.
         timeout_s: of one measuring process.
 
@@ -79,6 +90,8 @@ def policy_latency(
         source = Path(folder) / "float.onnx"
         export_onnx(bits.source.build().eval(), bits.source.example(2), source, any_batch=True)
         layers = file_layers(source, [layer.path for layer in bits.layers.found])
+        if networks is None:
+            networks = _affordable_networks(bits, source, batch, threads, settings)
         masks = _calibration(bits, layers, networks, dynamic=backend.endswith("dynamic"))
         items = mask_items(bits, source, [layer.path for layer in layers], masks, backend=backend, batch=batch)
         for item in items[:2]:  # all in float, and all in int8
@@ -88,6 +101,14 @@ def policy_latency(
             for _ in range(PROCESSES)
         ]
     return _fitted(layers, masks, timed, device)
+
+
+def _affordable_networks(space: Bits, source: Path, batch: int, threads: int, settings: Settings) -> int:
+    [item] = mask_items(space, source, [], np.zeros((1, 0), dtype=np.bool_), backend="onnx-int8", batch=batch)
+    [timing], _ = measured_elsewhere(None, [item], threads=threads, settings=Settings(rounds=5), timeout_s=_TIMEOUT_S)
+    if timing.error is not None:
+        raise MeasurementError(f"The network's file cannot be measured: {timing.error}")
+    return affordable(timing.median_ms, settings, seconds=NETWORKS_S, least=LEAST_NETWORKS, most=MOST_NETWORKS)
 
 
 def mask_items(

@@ -38,6 +38,8 @@ _DRIFT_SAMPLES = 15
 """Of fewer the noise is not known well enough."""
 
 _BOOTSTRAPS = 400
+_START_S = 0.1
+"""To build an item and warm it up."""
 _PROCESS = "archfront.evaluators.latency.measure_process"
 
 
@@ -327,6 +329,13 @@ def quiet_elsewhere(
             raise MeasurementError(f"{next(iter(item.values()))} cannot be measured: {timing.error}")
     ms = np.array([timing.quiet_ms for timing in timings], dtype=np.float64)
     return ms * pace(environment, probe_ms), environment
+
+
+def affordable(ms: float, settings: Settings, *, seconds: float, least: int, most: int) -> int:
+    """How many items of this latency a process measures in so many seconds, between the least and the most."""
+    # Each sample comes after one call that is not counted.
+    each_s = settings.rounds * (ms + max(ms, settings.sample_ms)) / 1e3 + _START_S
+    return int(np.clip(seconds / each_s, least, most))
 
 
 def pace(environment: Mapping[str, Any], probe_ms: float | None) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from archfront.evaluators.latency.device import LOCAL_CPU, Fingerprint
-from archfront.evaluators.latency.measurement import Settings, quiet_elsewhere
+from archfront.evaluators.latency.measurement import Settings, affordable, quiet_elsewhere
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.profile import OPERATOR_SETTINGS, Profile, profile_operators
 from archfront.evaluators.latency.space_traces import covering_traces, traced_genotypes
@@ -20,11 +20,9 @@ NETWORKS = 24
 LEAST_RANDOM, MOST_RANDOM = 29, 99
 """Uniformly drawn, for the intervals. What nine of ten more stay within is the 27th error of 29: these hold 90 % give
 or take 5, by the luck of the draw; of 99 give or take 3."""
-RANDOM_S = 60.0
-"""What those beyond the least may take to measure."""
+RANDOM_S = 30.0
+"""What those beyond the least may take a process to measure."""
 PROCESSES = 2
-_START_S = 0.1
-"""To build a network and warm it up."""
 _TIMEOUT_S = 600.0
 _COMPILE_TIMEOUT_S = 3600.0
 """Half a minute to compile a network is no rarity."""
@@ -78,7 +76,8 @@ def network_latency(
         randoms = 0
     elif randoms is None:
         ms = float(NetworkLatency(profile).predict(traces).ms.mean())
-        randoms = affordable_networks(ms, network_settings or Settings())
+        settings = network_settings or Settings()
+        randoms = affordable(ms, settings, seconds=RANDOM_S, least=LEAST_RANDOM, most=MOST_RANDOM)
     if randoms:
         drawn = space.to_json(space.sample(rng, randoms))
         genotypes += drawn
@@ -100,10 +99,3 @@ def network_latency(
     # Load only ever adds: the least of the processes' times is the truest.
     alike = [place >= len(genotypes) - randoms for place in range(len(genotypes))] if randoms else None
     return NetworkLatency(profile).fit(traces, np.stack(times).min(axis=0), alike)
-
-
-def affordable_networks(ms: float, settings: Settings) -> int:
-    """How many networks drawn at random, of this latency, are measured for the intervals."""
-    # Each sample comes after one call that is not counted.
-    each_s = PROCESSES * (settings.rounds * (ms + max(ms, settings.sample_ms)) / 1e3 + _START_S)
-    return int(np.clip(RANDOM_S / each_s, LEAST_RANDOM, MOST_RANDOM))

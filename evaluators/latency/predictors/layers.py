@@ -2,7 +2,8 @@
 
 The times of its layers in a file all in float and in one all in int8, as the runtime's own profiler tells, are summed;
 what lies between layers depends on which neighbours agree, for values change their type there. Both are weighted as
-networks of some policies were measured, as in ``NetworkLatency``.
+networks of some policies were measured, as in ``NetworkLatency``. What these networks took otherwise tells what single
+layers gain, and single changes of type cost, beyond the profiler's word (``ridge``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy.typing as npt
 from archfront.errors import InputError
 from archfront.evaluators.latency.digests import json_digest
 from archfront.evaluators.latency.predictors.conformal import check_confidence, conformal_quantile, split_interval
-from archfront.evaluators.latency.predictors.network import fit_terms
+from archfront.evaluators.latency.predictors.network import check_calibration, fit_weights
 from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, Prediction, Vector
+from archfront.evaluators.latency.predictors.ridge import ridge
 
-FORMAT = "archfront-layer-latency-1"
+FORMAT = "archfront-layer-latency-2"
 
 Mask = npt.NDArray[np.bool_]
 """``(n, layers)``: which layers compute in int8."""
@@ -67,21 +69,30 @@ class LayerLatency(LatencyPredictor[Mask]):
         self.device = dict(device or {})
         self.probe_ms = probe_ms
         self._weights: Vector = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
+        self._changes: Vector = np.zeros(2 * len(self.layers))
         self._scores: Vector = np.zeros(0)
 
     def fit(self, networks: Mask, ms: Vector) -> Self:
-        """Fit what is between layers.
+        """Fit what is between layers, and what the times of layers leave out.
 
         Raises:
             InputError: fewer than 6 networks, or latencies that are not positive and finite.
         """
-        self._weights, self._scores = fit_terms(self.terms(networks), ms)
+        measured = check_calibration(networks, ms)
+        terms, places = self.terms(networks), _places(networks)
+        self._weights, self._changes = _fitted(terms, places, measured)
+        left_out = []
+        for i in range(len(measured)):
+            others = np.arange(len(measured)) != i
+            weights, changes = _fitted(terms[others], places[others], measured[others])
+            left_out.append(_ms(terms[i : i + 1], places[i : i + 1], weights, changes)[0])
+        self._scores = np.abs(measured / np.array(left_out) - 1)
         self.__dict__.pop("digest", None)
         return self
 
     def predict(self, networks: Mask, confidence: float = 0.9) -> Prediction:
         check_confidence(confidence)
-        ms = self.terms(networks) @ self._weights
+        ms = _ms(self.terms(networks), _places(networks), self._weights, self._changes)
         low, high = split_interval(ms, self.relative_width(confidence))
         return Prediction(ms=ms, low_ms=low, high_ms=high, confidence=confidence)
 
@@ -118,6 +129,7 @@ class LayerLatency(LatencyPredictor[Mask]):
             "layers": [asdict(price) for price in self.layers],
             "rest_ms": list(self.rest_ms),
             "weights": self._weights.tolist(),
+            "changes": self._changes.tolist(),
             "scores": self._scores.tolist(),
         }
 
@@ -133,5 +145,31 @@ class LayerLatency(LatencyPredictor[Mask]):
         prices = [LayerPrice(**price) for price in data["layers"]]
         made = cls(prices, tuple(data["rest_ms"]), data["device"], data.get("probe_ms"))
         made._weights = np.array(data["weights"], dtype=np.float64)
+        made._changes = np.array(data["changes"], dtype=np.float64)
         made._scores = np.array(data["scores"], dtype=np.float64)
         return made
+
+
+Rows = npt.NDArray[np.float64]
+
+
+def _places(networks: Mask) -> Rows:
+    """``(n, 2 layers)``: one, which layers compute in int8, and which differ from the next."""
+    int8 = np.asarray(networks, dtype=np.float64)
+    return np.concatenate([np.ones((len(int8), 1)), int8, np.abs(np.diff(int8, axis=1))], axis=1)
+
+
+def _fitted(terms: Rows, places: Rows, measured: Vector) -> tuple[Vector, Vector]:
+    """Weights of the terms, and ms of the places, with small relative errors."""
+    weights = fit_weights(terms, measured)
+    mean = places.mean(axis=0)
+    centred, level = places[:, 1:] - mean[1:], float(measured.mean())
+    # In ms of a middling network: errors are relative, and the penalty knows no unit.
+    found = level * ridge(level * centred / measured[:, None], 1 - terms @ weights / measured)
+    return weights, np.concatenate([[-mean[1:] @ found], found])
+
+
+def _ms(terms: Rows, places: Rows, weights: Vector, changes: Vector) -> Vector:
+    base = terms @ weights
+    # Never less than half of the base: a policy unlike all that were measured must not be free.
+    return np.asarray(np.maximum(base + places @ changes, 0.5 * base), dtype=np.float64)

@@ -154,17 +154,29 @@ def fit_terms(terms: npt.NDArray[np.float64], ms: Vector) -> tuple[Vector, Vecto
     Raises:
         InputError: fewer than 6 networks, or latencies that are not positive and finite.
     """
+    measured = check_calibration(terms, ms)
+    left_out = [
+        terms[i] @ fit_weights(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(measured))
+    ]
+    return fit_weights(terms, measured), np.abs(measured / np.array(left_out) - 1)
+
+
+def check_calibration(networks: npt.NDArray[Any], ms: Vector) -> Vector:
+    """The latencies, if they are what a fit to these networks can be made of.
+
+    Raises:
+        InputError: fewer than 6 networks, or latencies that are not positive and finite.
+    """
     measured = np.asarray(ms, dtype=np.float64)
-    if len(terms) != len(measured) or len(terms) < LEAST_NETWORKS:
-        problem = f"are {len(terms)} networks with {len(measured)} latencies"
-        raise InputError("latency.calibration", len(terms), problem, f"Measure {LEAST_NETWORKS} or more.")
+    if len(networks) != len(measured) or len(networks) < LEAST_NETWORKS:
+        problem = f"are {len(networks)} networks with {len(measured)} latencies"
+        raise InputError("latency.calibration", len(networks), problem, f"Measure {LEAST_NETWORKS} or more.")
     if not (np.isfinite(measured) & (measured > 0)).all():
         raise InputError("latency.calibration", measured.tolist(), "is not positive and finite", "Measure again.")
-    left_out = [terms[i] @ _fit(np.delete(terms, i, axis=0), np.delete(measured, i)) for i in range(len(measured))]
-    return _fit(terms, measured), np.abs(measured / np.array(left_out) - 1)
+    return measured
 
 
-def _fit(terms: npt.NDArray[np.float64], measured: Vector) -> Vector:
+def fit_weights(terms: npt.NDArray[np.float64], measured: Vector) -> Vector:
     """Non-negative weights with the least squared relative errors, drawn a little towards the sum alone."""
     relative = terms / measured[:, None]
     scale = np.sqrt((relative**2).mean(axis=0))

@@ -18,7 +18,9 @@ from archfront.evaluators.evaluator import EvaluationContext, Task
 from archfront.evaluators.latency.device import fingerprint
 from archfront.evaluators.latency.evaluator import Latency
 from archfront.evaluators.latency.measurement import Settings
+from archfront.evaluators.latency.predictors import layers as layers_module
 from archfront.evaluators.latency.predictors.layers import LayerLatency, LayerPrice
+from archfront.evaluators.latency.predictors.ridge import ridge
 from archfront.evaluators.onnx_files import drawn_feed, export_onnx
 from archfront.spaces.fbnet import FBNetTiny
 
@@ -104,6 +106,37 @@ def test_what_lies_between_layers_is_learnt() -> None:
         table().fit(seen[:5], truth(seen[:5]))
     with pytest.raises(InputError, match=r"latency.predictor"):
         LayerLatency.from_json({"format": "another"})
+
+
+def test_what_the_profiler_does_not_tell_is_learnt_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer gains less than its times say, and one change of type costs more than the others."""
+
+    def surprising(masks: np.ndarray) -> np.ndarray:
+        changes = np.diff(masks.astype(int), axis=1) != 0
+        return np.asarray(truth(masks) + 0.3 * masks[:, 2] + 0.2 * changes[:, 1])
+
+    rng = np.random.default_rng(1)
+    seen, unseen = rng.random((40, 4)) < 0.5, rng.random((40, 4)) < 0.5
+    measured = surprising(seen) * rng.normal(1, 0.01, 40)
+
+    def errors() -> np.ndarray:
+        return np.abs(table().fit(seen, measured).predict(unseen).ms / surprising(unseen) - 1)
+
+    assert errors().max() < 0.02
+    monkeypatch.setattr(layers_module, "ridge", lambda features, _: np.zeros(features.shape[1]))
+    assert errors().max() > 0.06
+
+
+def test_ridge_finds_what_is_there_and_nothing_else() -> None:
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(60, 8))
+    coefficients = np.array([1.0, -2.0, 0, 0, 0, 0.5, 0, 0])
+    found = ridge(features, features @ coefficients + rng.normal(0, 0.05, 60))
+    assert found == pytest.approx(coefficients, abs=0.05)
+    # A sum of many small effects is told from noise; noise is not told from nothing.
+    noise = [ridge(features, rng.normal(size=60)) for _ in range(20)]
+    assert np.median([np.abs(one).max() for one in noise]) < 0.1
+    assert not ridge(np.zeros((6, 3)), np.ones(6)).any()
 
 
 def test_policies_are_predicted_by_what_int8_carries() -> None:

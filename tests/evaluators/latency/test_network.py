@@ -15,8 +15,8 @@ from archfront.evaluators.evaluator import EvaluationContext, Task
 from archfront.evaluators.latency import profile as profile_module
 from archfront.evaluators.latency.device import check_device, fingerprint
 from archfront.evaluators.latency.evaluator import Latency
-from archfront.evaluators.latency.measurement import Settings
-from archfront.evaluators.latency.network_profile import LEAST_RANDOM, MOST_RANDOM, affordable_networks, network_latency
+from archfront.evaluators.latency.measurement import Settings, affordable
+from archfront.evaluators.latency.network_profile import network_latency
 from archfront.evaluators.latency.predictors.network import NetworkLatency
 from archfront.evaluators.latency.predictors.operator_prices import OperatorPrices
 from archfront.evaluators.latency.predictors.populations import BlockTerms, GenotypeLatency
@@ -108,9 +108,9 @@ def test_intervals_promise_for_networks_alike() -> None:
     assert 0.02 < narrow < 0.15 < wide
 
 
-def test_quick_networks_give_more_for_the_intervals() -> None:
-    counts = [affordable_networks(ms, Settings()) for ms in (0.1, 5.0, 12.0, 100.0)]
-    assert counts[0] == MOST_RANDOM > counts[1] > counts[2] >= counts[3] == LEAST_RANDOM
+def test_more_of_quick_networks_are_measured() -> None:
+    counts = [affordable(ms, Settings(), seconds=30, least=29, most=99) for ms in (0.1, 5.0, 12.0, 100.0)]
+    assert counts[0] == 99 > counts[1] > counts[2] > counts[3] == 29
 
 
 def test_too_little_to_learn_from_is_refused() -> None:
