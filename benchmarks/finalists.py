@@ -3,7 +3,8 @@
 A small vision transformer (MNIST) and an FBNet (CIFAR-10) are trained here; a search over bit widths goes by predicted
 latency, its finalists are measured on every backend against the network itself on its fastest backend in float32, and
 30 random policies tell how well predicted ranks hold. Then, measured together: a ResNet-20 with half the channels of
-its blocks, alone and in int8, beside policies of 4, 3 and 2 bits; and the transformer with merged tokens.
+its blocks, of all or but the first stage, alone and in int8, beside policies of 8, 4, 3 and 2 bits; and the transformer
+with merged tokens.
 
     python benchmarks/finalists.py [--quick] [--work FOLDER] [--only vit tokens resnet20 fbnet]
 
@@ -167,7 +168,10 @@ def together(name: str, space: Any, data: Mapping[str, Any], policies: Mapping[s
 
 
 def pruned_resnet() -> list[list[Any]]:
-    """Channels and bits: half of the channels between the convolutions of each block, and 8, 4, 3 and 2 bits."""
+    """Channels and bits: half of the channels between the convolutions of blocks, and 8, 4, 3 and 2 bits.
+
+    Kernels of int8 take 16 channels at a time: the first stage has no more to give.
+    """
     config = {
         "name": "joint",
         "parts": {
@@ -178,15 +182,23 @@ def pruned_resnet() -> list[list[Any]]:
     space: Any = SPACES.build(config, "space")
     chain = policies_of(space, "resnet20")
 
-    def policy(share: float, bits: int) -> Any:
-        choices = {
-            s.id: share if s.kind == "channels" else bits if s.kind == "weight-bits" else min(max(bits, 8), 32)
-            for s in chain.sites
-        }
+    def policy(stages: Sequence[str], bits: int) -> Any:
+        pruned = tuple(f"pruned.{stage}" for stage in stages)
+        choices: dict[str, float] = {}
+        for site in chain.sites:
+            if site.kind == "channels":
+                choices[site.id] = 0.5 if site.id.startswith(pruned) else 1.0
+            else:
+                choices[site.id] = bits if site.kind == "weight-bits" else min(max(bits, 8), 32)
         return chain.genotype(choices)
 
-    named = {"half the channels": policy(0.5, 32), "half the channels, 8 bits": policy(0.5, 8)}
-    named |= {f"{bits} bits (in int8)": policy(1.0, bits) for bits in (8, 4, 3, 2)}
+    every, later = ("layer1", "layer2", "layer3"), ("layer2", "layer3")
+    named = {
+        f"half the channels{where}{width}": policy(stages, bits)
+        for where, stages in (("", every), (" but in the first stage", later))
+        for width, bits in (("", 32), (", 8 bits", 8))
+    }
+    named |= {f"{bits} bits (in int8)": policy((), bits) for bits in (8, 4, 3, 2)}
     return together("resnet20", space, {"name": "cifar10"}, named)
 
 
