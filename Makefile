@@ -43,7 +43,7 @@ kernels: venv
 	$(BIN)/pytest -q -m kernels tests/kernels
 
 soak: venv
-	$(BIN)/pytest -q -m soak -s tests/cluster
+	$(BIN)/pytest -q -m soak -s tests
 
 bench: venv
 	$(BIN)/python benchmarks/throughput.py

@@ -43,8 +43,9 @@ def test_a_kernel_of_each_kind_compiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 def test_settings_from_all_over_compile(tmp_path: Path) -> None:
-    """All that is ever tried takes half an hour: `make kernels`."""
+    """A sample of what the last test compiles, in a tenth of its half an hour."""
     assert_fit(compiled("--some", cache=tmp_path))
 
 

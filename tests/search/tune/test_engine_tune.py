@@ -152,7 +152,13 @@ def test_killed_with_asha_and_resumed_equals_unbroken(tmp_path: Path, plugin: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "scheduler", [{"name": "fifo"}, {"name": "hyperband"}, {"name": "median_stopping_rule"}], ids=lambda s: s["name"]
+    "scheduler",
+    [
+        {"name": "fifo"},
+        pytest.param({"name": "hyperband"}, marks=pytest.mark.soak),
+        pytest.param({"name": "median_stopping_rule"}, marks=pytest.mark.soak),
+    ],
+    ids=lambda s: s["name"],
 )
 def test_killed_often_with_two_workers(tmp_path: Path, plugin: Path, scheduler: dict[str, Any]) -> None:
     log = tmp_path / "evaluated"
