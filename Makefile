@@ -29,9 +29,9 @@ lint: venv
 test: venv
 	$(BIN)/pytest -q -m "not slow" --numprocesses 2 --dist worksteal
 
-# What measures time or takes the whole machine comes alone, the rest two at a time.
+# What measures time or takes the whole machine comes alone, the rest three at a time: kills wait more than they work.
 test-all: venv
-	$(BIN)/pytest -q -m "slow and not alone and not soak and not kernels" --durations=15 --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -q -m "slow and not alone and not soak and not kernels" --durations=15 --numprocesses 3 --dist worksteal
 	$(BIN)/pytest -q -m "slow and alone and not soak and not kernels" --durations=15
 
 # The kill-anything suite: a cluster on network namespaces of this machine (Linux, root, iproute2). Part of test-all.
