@@ -42,7 +42,6 @@ LARGEST = 12_000_000
 """Parameters at which a network is worth nothing; ResNet-18 has 11.2 million."""
 
 EINSPACE = {"name": "einspace", **IMAGES, "params": LARGEST, "macs": 60_000_000, "activations": 1_000_000}
-FEW = 6
 SEEDS = ["resnet18", "wrn16_4", "transformer", "mixer"]
 
 
@@ -101,9 +100,7 @@ def space_jobs() -> dict[str, dict[str, Any]]:
 def job_of(name: str, evaluations: int, seed: int, **changes: Any) -> dict[str, Any]:
     return {
         "name": name, "data": {"name": "digits"}, "objectives": [ACCURACY, PARAMS], "strategy": NSGA2,
-        # Processes take longer to start than a few evaluations.
-        "budget": {"evaluations": evaluations}, "seed": seed,
-        "workers": {"executor": "inline"} if evaluations <= FEW else {"count": 2, "executor": "process"},
+        "budget": {"evaluations": evaluations}, "workers": {"count": 2, "executor": "process"}, "seed": seed,
     } | changes  # fmt: skip
 
 
@@ -194,7 +191,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few evaluations each: a smoke test")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    each, evaluations, seeds = (FEW, FEW, 1) if options.quick else (options.each, options.evaluations, options.seeds)
+    each, evaluations, seeds = (6, 6, 1) if options.quick else (options.each, options.evaluations, options.seeds)
     facts = machine()
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     found.pop("machine", None)

@@ -16,7 +16,7 @@ def quick(script: str, tmp_path: Path, *more: str) -> dict[str, Any]:
     """Run a benchmark with ``--quick``; what it wrote."""
     file = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(file), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, Any] = json.loads(file.read_text())
     assert found["machine"]["packages"]["archfront"]
