@@ -42,6 +42,7 @@ from scipy.stats import spearmanr
 from archfront.errors import InputError
 from archfront.evaluators.latency.predictors.ensemble import TabularEnsemble
 from archfront.evaluators.latency.predictors.few_shot import FewShotTransfer
+from archfront.evaluators.latency.structure import cell_relations
 
 Vector = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -139,7 +140,7 @@ def many_samples(table: LatencyTable, alike: Repeats, targets: Sequence[str], sa
         rng = np.random.default_rng(0)
         rows = rng.choice(supported, min(samples, len(supported) // 2), replace=False)
         others = np.setdiff1d(supported, rows)
-        predictor = TabularEnsemble(table.choices, cell_encoding).fit(table.networks[rows], ms[rows])
+        predictor = TabularEnsemble(table.choices, cell_encoding, cell_relations).fit(table.networks[rows], ms[rows])
         said = predictor.predict(table.networks[others], CONFIDENCE)
         close = within(said.ms, ms[others])
         repeated, low, high = alike.ceiling(ms, others)

@@ -128,10 +128,13 @@ def _beyond_help(folder: Path, arch_idx: npt.NDArray[np.int64]) -> dict[str, Vec
 
 
 def cell_encoding(ops: npt.NDArray[np.int64]) -> Vector:
-    """``(n, 42)`` further features of cells for many samples: counts as written, used, and live, and the live cell."""
+    """``(n, 51)`` further features of cells for many samples: of the cell as written, used, and live its counts, and
+    whether it has no, one or two convolutions, for what a network costs without any does not add up; and the live cell.
+    """
     live = live_cells(ops)
     counts = [cell_structure(cells) for cells in (ops, used_cells(ops), live)]
-    return np.hstack([*counts, np.eye(5)[live].reshape(len(ops), -1)])
+    few = [(count[:, 1:3].sum(axis=1, keepdims=True) == np.arange(3)).astype(float) for count in counts]
+    return np.hstack([*counts, *few, np.eye(5)[live].reshape(len(ops), -1)])
 
 
 def chains(folder: Path) -> LatencyTable:

@@ -84,6 +84,55 @@ def cell_rewrites(ops: npt.ArrayLike) -> Indices:
     return np.stack(rows)
 
 
+def cell_relations(ops: npt.ArrayLike) -> Features:
+    """How the live operators of NAS-Bench-201 cells meet: what their counts do not say, and a device may price.
+
+    Args:
+        ops: as of ``cell_structure``.
+
+    Returns:
+        ``(n, 64)``: for each two operators how often one reads the other's result (16), adds to it (10), and reads the
+        same tensor (10); the sums at each node and in all (4); on the longest way through the cell, the convolutions,
+        poolings, both, and all operators, -1 where nothing gets through (4); and whether the cell has 0 to 4 of each
+        operator (20).
+    """
+    cells = live_cells(ops)
+    one_hot = np.eye(CELL_OPERATORS)[cells][:, :, 1:]
+    shape = (len(cells), CELL_OPERATORS - 1, CELL_OPERATORS - 1)
+    reads, adds, shares = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for first, (start, stop) in enumerate(CELL_EDGES):
+        for second, (other_start, other_stop) in enumerate(CELL_EDGES):
+            both = one_hot[:, first, :, None] * one_hot[:, second, None, :]
+            if stop == other_start:
+                reads += both
+            if stop == other_stop and first != second:
+                adds += both
+            if start == other_start and first != second:
+                shares += both
+    half = np.triu_indices(CELL_OPERATORS - 1)
+    present = cells != CELL_NONE
+    ends = np.array([stop for _, stop in CELL_EDGES])
+    arriving = np.stack([present[:, ends == node].sum(axis=1) for node in (1, 2, 3)], axis=1)
+    sums = np.maximum(arriving - 1.0, 0.0)
+    weights = [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    ways = [_longest(cells, np.array(each)) for each in weights]
+    counts = (cell_structure(cells)[:, :, None] == np.arange(5)).reshape(len(cells), -1)
+    related = [reads.reshape(len(cells), -1), adds[:, *half], shares[:, *half], sums, sums.sum(axis=1, keepdims=True)]
+    return np.hstack([*related, np.stack(ways, axis=1), counts.astype(np.float64)])
+
+
+def _longest(cells: npt.NDArray[np.int64], weights: npt.NDArray[np.int64]) -> Features:
+    """``(n,)``: weight of the heaviest way from input to output by each operator's weight; -1 where there is none."""
+    nowhere = -float(len(CELL_EDGES) * weights.max() + 1)
+    heaviest = np.full((len(cells), 4), nowhere)
+    heaviest[:, 0] = 0
+    for edge, (start, stop) in enumerate(CELL_EDGES):
+        by_edge = np.where(cells[:, edge] != CELL_NONE, heaviest[:, start] + weights[cells[:, edge]], nowhere)
+        heaviest[:, stop] = np.maximum(heaviest[:, stop], by_edge)
+    found: Features = np.maximum(heaviest[:, 3], -1.0)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockQuantities:
     """What each distinct block of a space computes and moves.

@@ -1,8 +1,9 @@
 """Many measurements of a small tabular space: an ensemble over encodings, with CV+ intervals.
 
-Four members see what the others miss: a ridge regression on single decisions and structure, one on pairs of decisions,
-a Gaussian process on the logarithm, and boosted trees on what the first leaves. Their weights are those that predict
-best across folds. All minimise relative errors, robustly: phones give single latencies of many times the usual.
+Its members see what the others miss: a ridge regression on single decisions and structure, and boosted trees on what
+it leaves; with the relations between decisions another such pair, whose trees are deeper, and a Gaussian process on the
+logarithm. Their weights are those that predict best across folds. All minimise relative errors, robustly: phones give
+single latencies of many times the usual.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import svd
 
 from archfront.errors import InputError
 from archfront.evaluators.latency.predictors.conformal import check_confidence, cv_plus
@@ -22,11 +24,12 @@ from archfront.evaluators.latency.predictors.predictor import LatencyPredictor, 
 Decisions = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
+Features = Callable[[Decisions], Matrix]
 
 FORMAT = "archfront-tabular-ensemble-1"
 LEAST = 20
 FOLDS = 5
-MEMBERS = ("single", "pairs", "process", "boosted")
+MEMBERS = ("single", "boosted", "relations", "boosted-relations", "process")
 FREEDOM = 3.0
 """Degrees of freedom of the relative errors: large ones get small weights."""
 
@@ -44,6 +47,13 @@ TREES: Mapping[str, Any] = {
     "early_stopping": False,
     "random_state": 0,
 }
+DEEPER: Mapping[str, Any] = {
+    **TREES,
+    "max_iter": 300,
+    "learning_rate": 0.05,
+    "max_leaf_nodes": 16,
+    "min_samples_leaf": 5,
+}
 
 
 class TabularEnsemble(LatencyPredictor[Decisions]):
@@ -52,6 +62,8 @@ class TabularEnsemble(LatencyPredictor[Decisions]):
     Args:
         choices: how many choices each of the d decisions has.
         structure: from decisions ``(n, d)`` to further features ``(n, p)``; none by default.
+        relations: from decisions to features ``(n, q)`` of how they meet; all pairs of two decisions' choices by
+            default.
 
     Raises:
         InputError: an argument cannot be used.
@@ -59,11 +71,14 @@ class TabularEnsemble(LatencyPredictor[Decisions]):
 
     name: ClassVar[str] = "tabular-ensemble"
 
-    def __init__(self, choices: Sequence[int], structure: Callable[[Decisions], Matrix] | None = None) -> None:
+    def __init__(
+        self, choices: Sequence[int], structure: Features | None = None, relations: Features | None = None
+    ) -> None:
         if not choices or min(choices) < 1:
             raise InputError("choices", choices, "is empty or below 1", "Give each decision's number of choices.")
         self.choices = [int(count) for count in choices]
         self._structure = structure
+        self._relations = relations
         self._networks: Decisions = np.zeros((0, len(self.choices)), np.int64)
         self._ms: Vector = np.zeros(0)
         self._folds: Decisions = np.zeros(0, np.int64)
@@ -116,8 +131,10 @@ class TabularEnsemble(LatencyPredictor[Decisions]):
         return {"format": FORMAT, "choices": self.choices, "networks": networks, "ms": ms}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], structure: Callable[[Decisions], Matrix] | None = None) -> Self:
-        """The inverse of ``to_json``, given the same structure.
+    def from_json(
+        cls, data: Mapping[str, Any], structure: Features | None = None, relations: Features | None = None
+    ) -> Self:
+        """The inverse of ``to_json``, given the same structure and relations.
 
         Raises:
             InputError: it is no such predictor.
@@ -125,7 +142,7 @@ class TabularEnsemble(LatencyPredictor[Decisions]):
         try:
             if data["format"] != FORMAT:
                 raise InputError("predictor.format", data["format"], "is another format", f"Give one of {FORMAT}.")
-            made = cls(data["choices"], structure)
+            made = cls(data["choices"], structure, relations)
             if data["networks"]:
                 made.fit(np.array(data["networks"], np.int64), np.array(data["ms"], np.float64))
         except (KeyError, TypeError) as error:
@@ -149,50 +166,68 @@ class TabularEnsemble(LatencyPredictor[Decisions]):
         one_hot = [np.eye(count)[decisions[:, i]] for i, count in enumerate(self.choices)]
         further = np.zeros((len(decisions), 0)) if self._structure is None else self._structure(decisions)
         single = np.hstack([*one_hot, further])
-        pairs = [
-            (left[:, :, None] * right[:, None, :]).reshape(len(decisions), -1)
-            for i, left in enumerate(one_hot)
-            for right in one_hot[:i]
-        ]
-        return _Encoded(single=single, pairs=np.hstack([single, *pairs]))
+        if self._relations is not None:
+            related = [self._relations(decisions)]
+        else:
+            related = [
+                (left[:, :, None] * right[:, None, :]).reshape(len(decisions), -1)
+                for i, left in enumerate(one_hot)
+                for right in one_hot[:i]
+            ]
+        return _Encoded(single=single, related=np.hstack([single, *related]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoded:
-    """Features of n networks: of single decisions and structure, and with pairs of decisions."""
+    """Features of n networks: of single decisions and structure, and with relations between decisions."""
 
     single: Matrix
-    pairs: Matrix
+    related: Matrix
 
     def rows(self, mask: npt.NDArray[np.bool_]) -> _Encoded:
-        return _Encoded(single=self.single[mask], pairs=self.pairs[mask])
+        return _Encoded(single=self.single[mask], related=self.related[mask])
 
 
 class _Members:
     """The members, fitted to networks and their latencies ``(m,)`` in ms."""
 
     def __init__(self, encoded: _Encoded, ms: Vector) -> None:
-        from sklearn.ensemble import HistGradientBoostingRegressor
-
         self._least = 0.5 * float(ms.min())
-        self._single = _Ridge(encoded.single, ms)
-        self._pairs = _Ridge(encoded.pairs, ms)
-        base = np.maximum(self._single.predict(encoded.single), self._least)
-        # What the ridge leaves of a network it has not seen: what it leaves of one it has is smaller.
-        ratio = self._single.residuals / base
-        trust = _trust(ratio)
+        self._single = _Boosted(encoded.single, ms, TREES)
+        self._related = _Boosted(encoded.related, ms, DEEPER)
         self._level = float(np.log(ms).mean())
-        self._process = _Process(encoded.single, np.log(ms) - self._level, trust)
-        self._trees = HistGradientBoostingRegressor(**TREES).fit(encoded.single, ratio, sample_weight=trust)
+        self._process = _Process(encoded.related, np.log(ms) - self._level, self._related.trust)
 
     def predict(self, encoded: _Encoded) -> Matrix:
         """``(members, n)`` in ms, positive."""
-        single = np.maximum(self._single.predict(encoded.single), self._least)
-        process = np.exp(self._level + self._process.predict(encoded.single))
-        boosted = single * (1 + self._trees.predict(encoded.single))
-        every = np.stack([single, self._pairs.predict(encoded.pairs), process, boosted])
-        positive: Matrix = np.maximum(every, self._least)
+        single, boosted = self._single.predict(encoded.single)
+        related, deeper = self._related.predict(encoded.related)
+        process = np.exp(self._level + self._process.predict(encoded.related))
+        positive: Matrix = np.maximum(np.stack([single, boosted, related, deeper, process]), self._least)
         return positive
+
+
+class _Boosted:
+    """A ridge regression, and trees on what it leaves.
+
+    Attributes:
+        trust: ``(m,)``, of each network.
+    """
+
+    def __init__(self, features: Matrix, ms: Vector, trees: Mapping[str, Any]) -> None:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        self._least = 0.5 * float(ms.min())
+        self._ridge = _Ridge(features, ms)
+        # What the ridge leaves of a network it has not seen: what it leaves of one it has is smaller.
+        ratio = self._ridge.residuals / np.maximum(self._ridge.predict(features), self._least)
+        self.trust = _trust(ratio)
+        self._trees = HistGradientBoostingRegressor(**trees).fit(features, ratio, sample_weight=self.trust)
+
+    def predict(self, features: Matrix) -> tuple[Vector, Vector]:
+        """``(n,)`` ms of the ridge alone, and with the trees."""
+        base = np.maximum(self._ridge.predict(features), self._least)
+        return base, base * (1 + self._trees.predict(features))
 
 
 class _Ridge:
@@ -224,7 +259,9 @@ class _Ridge:
         """Set prices and constant; the residuals with each network left out."""
         weights = roots**2
         middle, level = weights @ design / weights.sum(), weights @ ms / weights.sum()
-        left, singular, right = np.linalg.svd((design - middle) * roots[:, None], full_matrices=False)
+        # By QR iterations: the default, divide and conquer, at times does not converge on columns that repeat others.
+        scaled = (design - middle) * roots[:, None]
+        left, singular, right = svd(scaled, full_matrices=False, lapack_driver="gesvd", check_finite=False)
         target = (ms - level) * roots
         turned = left.T @ target
         best = np.inf

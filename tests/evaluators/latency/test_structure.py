@@ -8,6 +8,7 @@ import pytest
 from archfront.errors import InputError
 from archfront.evaluators.latency.structure import (
     block_quantities,
+    cell_relations,
     cell_rewrites,
     cell_structure,
     chain_structure,
@@ -39,6 +40,29 @@ def test_counts_of_operators() -> None:
 def test_what_runtimes_leave_of_a_cell(cell: list[int], used: list[int], live: list[int]) -> None:
     assert used_cells([cell]).tolist() == [used]
     assert live_cells([cell]).tolist() == [live]
+
+
+def test_relations_of_a_cell() -> None:
+    # 3x3 from 0 to 1, skip from 0 to 2, pool from 1 to 2, 1x1 from 2 to 3: one way of three, and one around it.
+    [found] = cell_relations([[3, 1, 4, 0, 0, 2]])
+    reads, adds, shares, sums, ways, counts = np.split(found, [16, 26, 36, 40, 44])
+    pairs = {(a, b): i for i, (a, b) in enumerate(itertools.combinations_with_replacement((1, 2, 3, 4), 2))}
+    assert {(i // 4 + 1, i % 4 + 1): n for i, n in enumerate(reads) if n} == {(3, 4): 1, (4, 2): 1, (1, 2): 1}
+    assert {pair: adds[i] for pair, i in pairs.items() if adds[i]} == {(1, 4): 1}
+    assert {pair: shares[i] for pair, i in pairs.items() if shares[i]} == {(1, 3): 1}
+    assert sums.tolist() == [0, 1, 0, 1]
+    assert ways.tolist() == [2, 1, 3, 3]
+    assert counts.reshape(4, 5).argmax(axis=1).tolist() == [1, 1, 1, 1]
+    assert cell_relations([[3, 0, 0, 0, 0, 0]])[0, 40:44].tolist() == [-1, -1, -1, -1]
+
+
+def test_relations_do_not_know_the_names_of_nodes() -> None:
+    # Without the edge between them, nodes 1 and 2 can change places.
+    cells = EVERY[EVERY[:, 2] == 0]
+    swapped = cells[:, [1, 0, 2, 3, 5, 4]]
+    one = [*range(36), 39, *range(40, 64)]
+    assert (cell_relations(cells)[:, one] == cell_relations(swapped)[:, one]).all()
+    assert (cell_relations(EVERY) == cell_relations(live_cells(EVERY))).all()
 
 
 def test_rewrites_are_rows_of_the_cells_that_remain() -> None:
