@@ -11,8 +11,10 @@ from pydantic import Field
 
 from archfront.search.strategies.nsga2 import NSGA2
 from archfront.search.strategies.selection import Floats, Members, ranking
-from archfront.search.strategies.surrogate import Kernel, Surrogate
+from archfront.search.strategies.additive import Decisions, supported
+from archfront.search.strategies.surrogate import Choice, Rows, Surrogate
 from archfront.search.strategy import Ask, Problem, Proposals, Results
+from archfront.spaces.product import ColumnSpace
 from archfront.spaces.space import Population
 
 _FEWEST = 20
@@ -31,17 +33,17 @@ class _Foresight:
     violation: Surrogate | None
     smallest: float
 
-    def members(self, keys: list[bytes], population: Population, features: Floats) -> Members:
+    def members(self, keys: list[bytes], population: Population, rows: Rows) -> Members:
         """Candidates as if they had been evaluated."""
         violations = np.zeros(len(keys))
         if self.violation is not None:
             allowed = self.violation.standard(self.smallest / 2)
-            violations = np.maximum(self.violation.predict(features) - allowed, 0.0)
+            violations = np.maximum(self.violation.predict(rows) - allowed, 0.0)
         return Members(
             population=population,
             keys=keys,
             fidelities=np.zeros(len(keys), dtype=np.int64),
-            objectives=np.stack([surrogate.predict(features) for surrogate in self.objectives], axis=1),
+            objectives=np.stack([surrogate.predict(rows) for surrogate in self.objectives], axis=1),
             violations=violations,
         )
 
@@ -54,8 +56,8 @@ class SurrogateNSGA2(NSGA2):
     proposals is bred as NSGA-II would, so that no error of the surrogates lasts. For evaluations that take longer than
     an ask does: two seconds at a thousand evaluations.
 
-    Surrogates know the features that ``Space.encode`` gives, and results of the highest fidelity at which twenty are
-    known.
+    Surrogates know the features that ``Space.encode`` gives, in spaces of columns also what adds up over decisions
+    (``additive``), and results of the highest fidelity at which twenty are known.
 
     Args:
         population, crossover, mutation: as of ``nsga2``.
@@ -76,6 +78,14 @@ class SurrogateNSGA2(NSGA2):
         self.generations = generations
         self._known: list[Members] = []
         self._foresight: _Foresight | None = None
+        self._decisions: Decisions | None = None
+        if isinstance(self.space, ColumnSpace):
+            columns = self.space.columns
+            self._decisions = Decisions(
+                kinds=tuple(column.choices for column in columns),
+                counts=tuple(len(column.choices) for column in columns),
+                ordered=tuple(column.ordered for column in columns),
+            )
 
     def learn(self, population: Population, results: Results) -> None:
         super().learn(population, results)
@@ -100,8 +110,14 @@ class SurrogateNSGA2(NSGA2):
         fidelity = self.problem.fidelities[0]
         parents = self._selected()
         assert parents is not None
-        alive = self._foretold(foresight, parents.population)
         size = max(4 * count, self.population)
+        begun = parents.population
+        sums = [surrogate.summed for surrogate in foresight.objectives]
+        if len(sums) > 1 and all(sums):
+            tables = [one.table() for one in sums if one is not None]
+            drawn = supported(tables, rng, size).astype(begun.dtype)
+            begun = np.concatenate([begun, self.space.canonical(drawn)])
+        alive = self._foretold(foresight, begun)
         for _ in range(self.generations):
             children = self.space.canonical(self._bred(rng, alive, size))
             alive = Members.join([alive, self._foretold(foresight, children)]).best(size)
@@ -110,10 +126,11 @@ class SurrogateNSGA2(NSGA2):
         return ranked[self.is_new(ranked, fidelity)][:count]
 
     def _foretold(self, foresight: _Foresight, population: Population) -> Members:
-        return foresight.members(self.space.keys(population), population, self._features(population))
+        return foresight.members(self.space.keys(population), population, self._rows(population))
 
-    def _features(self, population: Population) -> Floats:
-        return np.asarray(self.space.encode(population), dtype=np.float64)
+    def _rows(self, population: Population) -> Rows:
+        features = np.asarray(self.space.encode(population), dtype=np.float64)
+        return Rows(features, None if self._decisions is None else population.astype(np.int64))
 
     def _foreseen(self) -> _Foresight | None:
         """The surrogates, a memo of what was told; None while too little is known."""
@@ -128,14 +145,16 @@ class SurrogateNSGA2(NSGA2):
         return self._foresight
 
     def _fitted(self, known: Members) -> _Foresight:
-        features = self._features(known.population)
+        rows = self._rows(known.population)
         # On a part that grows by steps, so that every ask between two steps chooses alike.
         steps = int(np.log(min(len(known), _ENOUGH) / _FEWEST) / np.log(_GROWTH))
         first = int(_FEWEST * _GROWTH**steps)
 
         def surrogate(values: Floats, *, plain: bool = False) -> Surrogate:
-            chosen: Kernel = Surrogate(features[:first], values[:first], plain=plain).kernel
-            return Surrogate(features, values, chosen, plain=plain)
+            chosen: Choice = Surrogate(
+                rows.first(first), values[:first], plain=plain, decisions=self._decisions
+            ).choice
+            return Surrogate(rows, values, chosen, plain=plain, decisions=self._decisions)
 
         positive = known.violations[known.violations > 0]
         return _Foresight(

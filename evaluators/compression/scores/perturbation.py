@@ -50,7 +50,8 @@ class Hessian(Score):
     """Mean curvature of the loss at a site's weights times the squared norm of their change.
 
     HAWQ-V2 and V3: ``Tr(H_i) / n_i |Q_b(W_i) - W_i|^2``, the trace by Hutchinson's estimator, the mean of ``v^T H v``
-    over vectors of +1 and -1. A negative mean counts as none.
+    over vectors of +1 and -1. A mean below its standard error counts as that: few vectors give some layers of a deep
+    network a trace of about 0 or less by chance, and whoever takes these for harmless gives them the fewest bits.
 
     Args:
         draws: vectors for each batch.
@@ -68,22 +69,24 @@ class Hessian(Score):
 
     def measure(self, subject: Subject) -> list[Vector]:
         sites = weight_sites(subject)
-        traces = self.traces(subject)
+        means, errors = self.estimates(subject)
+        traces = {path: max(means[path], errors[path], 0.0) for path in means}
         return [
             _each(
                 site,
-                lambda change, site=site: max(traces[site.module], 0.0) * float(change.square().sum()) / change.numel(),
+                lambda change, site=site: traces[site.module] * float(change.square().sum()) / change.numel(),
                 subject,
             )
             for site in sites
         ]
 
-    def traces(self, subject: Subject) -> dict[str, float]:
-        """Path -> trace of the Hessian of the mean loss with respect to its weight."""
+    def estimates(self, subject: Subject) -> tuple[dict[str, float], dict[str, float]]:
+        """Path -> trace of the Hessian of the mean loss with respect to its weight, and its standard error over the
+        vectors (0 of a single one)."""
         paths = [site.module for site in weight_sites(subject)]
         weights = [_parameter(subject, path) for path in paths]
         generator = torch.Generator().manual_seed(subject.seed)
-        sums = torch.zeros(len(paths), dtype=torch.float64)
+        sums = torch.zeros(self.draws, len(paths), dtype=torch.float64)
         images = 0
         model = subject.network.model
         # Fused attention has no second derivative.
@@ -91,13 +94,15 @@ class Hessian(Score):
             for batch, labels in _with_labels(subject):
                 loss = cross_entropy(model(batch), labels)
                 gradients = torch.autograd.grad(loss, weights, create_graph=True)
-                for _ in range(self.draws):
+                for draw in range(self.draws):
                     vectors = [_signs(weight, generator) for weight in weights]
                     products = torch.autograd.grad(gradients, weights, vectors, retain_graph=True)
                     found = [float((v * hv).sum()) for v, hv in zip(vectors, products, strict=True)]
-                    sums += torch.tensor(found, dtype=torch.float64) * len(batch) / self.draws
+                    sums[draw] += torch.tensor(found, dtype=torch.float64) * len(batch)
                 images += len(batch)
-        return dict(zip(paths, (sums / images).tolist(), strict=True))
+        each = sums / images
+        error = each.std(dim=0) / self.draws**0.5 if self.draws > 1 else torch.zeros(len(paths))
+        return dict(zip(paths, each.mean(dim=0).tolist(), strict=True)), dict(zip(paths, error.tolist(), strict=True))
 
 
 class Taylor(Score):

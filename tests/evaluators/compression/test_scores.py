@@ -148,13 +148,26 @@ def exact_hessians(subject: Subject) -> dict[str, Tensor]:
 
 def test_hutchinson_is_the_exact_trace(toy: Subject) -> None:
     exact = {path: float(hessian.trace()) for path, hessian in exact_hessians(toy).items()}
-    traces = Hessian(draws=3000).traces(toy)
+    traces, errors = Hessian(draws=3000).estimates(toy)
     assert traces == pytest.approx(exact, rel=0.05)
+    assert all(abs(traces[path] - exact[path]) < 4 * errors[path] for path in exact)
     damage = Hessian(draws=3000).measure(toy)
     weight = toy.network.model.get_submodule("head").weight
     assert isinstance(weight, Tensor)
     change = toy.network.space.quantiser(2).fake(weight.detach()) - weight.detach()
     assert damage[1][0] == pytest.approx(exact["head"] / weight.numel() * float(change.square().sum()), rel=0.06)
+
+
+def test_no_layer_is_harmless_by_chance(toy: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose trace is found to be negative has the damage of its standard error."""
+    score = Hessian(draws=8)
+    means, errors = score.estimates(toy)
+    damage = score.measure(toy)
+    monkeypatch.setattr(
+        Hessian, "estimates", lambda *_: ({**means, "head": -1.0}, {**errors, "head": 0.5 * means["head"]})
+    )
+    assert score.measure(toy)[1] == pytest.approx(damage[1] / 2)
+    assert score.measure(toy)[0] == pytest.approx(damage[0])
 
 
 def test_taylor_is_the_directional_derivative(toy: Subject) -> None:

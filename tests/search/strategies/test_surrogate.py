@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from archfront.search.strategies.registry import STRATEGIES
-from archfront.search.strategies.surrogate import Kernel, Surrogate
+from archfront.search.strategies.surrogate import Choice, Kernel, Rows, Surrogate
 from archfront.search.strategy import Ask, Problem, Results
 
 from .driver import ToySpace, columns
@@ -17,7 +17,7 @@ def test_leave_one_out_is_what_leaving_out_gives() -> None:
     rng = np.random.default_rng(0)
     rows, values = rng.normal(size=(25, 4)), rng.normal(size=25)
     kernel = Kernel(1.0, 0.03)
-    fitted = Surrogate(rows, values, kernel, plain=True)
+    fitted = Surrogate(Rows(rows), values, Choice(kernel), plain=True)
     standard = (values - values.mean()) / values.std()
     centred = rows - rows.mean(axis=0)
     spread = float(np.square(centred).sum(axis=1).mean())
@@ -37,14 +37,14 @@ def test_an_order_that_is_additive_on_some_scale_is_foreseen(damage: object) -> 
     choices = rng.integers(5, size=(400, 10))
     rows = (choices[..., None] == np.arange(5)).reshape(400, -1).astype(float)
     values = damage(3 * rows @ rng.random(50))  # type: ignore[operator]
-    foreseen = Surrogate(rows[:150], values[:150]).predict(rows[150:])
+    foreseen = Surrogate(Rows(rows[:150]), values[:150]).predict(Rows(rows[150:]))
     assert spearmanr(foreseen, values[150:]).statistic > 0.97
 
 
 def test_values_that_are_all_alike_are_borne() -> None:
     rows = np.random.default_rng(2).normal(size=(30, 3))
-    assert np.isfinite(Surrogate(rows, np.ones(30)).predict(rows)).all()
-    assert np.isfinite(Surrogate(np.ones((30, 3)), rows[:, 0]).predict(rows)).all()
+    assert np.isfinite(Surrogate(Rows(rows), np.ones(30)).predict(Rows(rows))).all()
+    assert np.isfinite(Surrogate(Rows(np.ones((30, 3))), rows[:, 0]).predict(Rows(rows))).all()
 
 
 def test_constraints_keep_proposals_among_the_feasible() -> None:
