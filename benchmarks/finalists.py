@@ -17,7 +17,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,37 @@ from archfront.spaces.policies.policy_chain import policies_of
 from archfront.spaces.registry import SPACES
 
 PLUGIN = Path(__file__).parents[1] / "tests" / "plugins" / "throw_away_policies.py"
-FBNET = {"name": "fbnet-tiny", "resolution": 32, "layers": 8}
-NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], Recipe]] = {
-    "vit": (
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network whose policies are searched.
+
+    Attributes:
+        source, data: as in a job file.
+        images, epochs: of its training.
+        judged: validation images that a policy is judged by.
+    """
+
+    source: Mapping[str, Any]
+    data: Mapping[str, Any]
+    recipe: Recipe
+    images: int
+    epochs: int
+    judged: int
+
+
+FBNET = {"name": "fbnet", "resolution": 64, "classes": 10}
+"""The paper's, for smaller pictures."""
+
+NETWORKS = {
+    "vit": Network(
         {"name": "vit", "patch": 7, "depth": 4, "dim": 192}, {"name": "mnist"},
-        Recipe(optimizer="adamw", learning_rate=0.001, batch=128, augmentation="shift"),
+        Recipe(optimizer="adamw", learning_rate=0.001, batch=128, augmentation="shift"), 20_000, 4, 1000,
     ),
-    "fbnet": (
-        {"name": "network", "space": FBNET, "genotype": ["k3_e6"] * 8}, {"name": "cifar10"},
-        Recipe(optimizer="sgd", learning_rate=0.1, batch=128),
+    "fbnet": Network(
+        {"name": "network", "space": FBNET, "genotype": ["k3_e6"] * 22}, {"name": "cifar10"},
+        Recipe(optimizer="sgd", learning_rate=0.1, batch=128), 12_000, 2, 400,
     ),
 }  # fmt: skip
 RESNET = {
@@ -65,15 +87,16 @@ SETTINGS = Settings(rounds=60, sample_ms=2.0)
 COLUMNS = ["network", "policy", "backend", "ms", "times as fast", "points lost, test", "packed MiB"]
 
 
-def trained(name: str, work: Path, images: int, epochs: int) -> dict[str, Any]:
+def trained(name: str, work: Path, quick: bool) -> dict[str, Any]:
     """A network's job-file mapping, with weights that are trained once."""
-    source, data, recipe = NETWORKS[name]
+    network = NETWORKS[name]
+    source, images, epochs = network.source, *((640, 1) if quick else (network.images, network.epochs))
     file = work / f"{name}.safetensors"
     if not file.exists():
         made = MODELS.build(source, "model")
-        raw = load(data, made.resolution, made.in_channels)
-        run = Run(made.architecture, replace(raw, split={**raw.split, "train": raw.split["train"][:images]}), recipe,
-                  seed=0)  # fmt: skip
+        raw = load(network.data, made.resolution, made.in_channels)
+        part = replace(raw, split={**raw.split, "train": raw.split["train"][:images]})
+        run = Run(made.architecture, part, network.recipe, seed=0)
         for epoch in range(1, epochs + 1):
             run.train(epoch, epochs)
             print(f"  {name}: epoch {epoch} of {epochs}, loss {run.loss:.3f}", flush=True)
@@ -90,9 +113,9 @@ def searched(name: str, model: dict[str, Any], work: Path, quick: bool) -> tuple
         old.unlink()
     job = archfront.run(
         {
-            "name": name, "space": config, "data": NETWORKS[name][1],
+            "name": name, "space": config, "data": NETWORKS[name].data,
             "evaluators": [
-                {"name": "compression", "fidelities": [100 if quick else 1000]},
+                {"name": "compression", "fidelities": [100 if quick else NETWORKS[name].judged]},
                 {"name": "latency", "mode": "layers", "backend": "onnx-int8"},
             ],
             "objectives": [
@@ -250,18 +273,17 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=2) + "\n")
         _show_ranks(content["ranks"])
         return
-    images, epochs = (640, 1) if options.quick else (12_000, 2)
     rows: list[list[Any]] = []
     agreements: list[dict[str, Any]] = []
     for name in options.only:
         if name in NETWORKS:
-            found, agreement = searched(name, trained(name, options.work, images, epochs), options.work, options.quick)
+            found, agreement = searched(name, trained(name, options.work, options.quick), options.work, options.quick)
             rows += found
             agreements.append(agreement)
         elif name == "resnet20":
             rows += pruned_resnet()
         else:
-            rows += merged_tokens(trained("vit", options.work, images, epochs))
+            rows += merged_tokens(trained("vit", options.work, options.quick))
         content = {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "ranks": agreements}
         options.json.write_text(json.dumps({"machine": facts, **content}, indent=2) + "\n")
     show("Finalists as files, batch 1, one thread", COLUMNS, rows)

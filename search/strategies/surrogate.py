@@ -109,12 +109,12 @@ class Surrogate:
         self._mean, self._deviation = float(values.mean()), float(values.std()) or 1.0
         form = None if choice is None else choice.form
         scales = [_Scale(_standard(values))] if plain else list(_scales(values))
-        summed = decisions is not None and rows.choices is not None and len(values) >= FOLDS and values.min() > 0
-        if summed and not plain and (choice is None or form is not None):
-            assert decisions is not None
-            assert rows.choices is not None
-            form = best_form(rows.choices, values, decisions) if form is None else form
-            scales.append(_beside_sum(rows.choices, values, decisions, form))
+        positive = None if plain or len(values) < FOLDS else _positive(values)
+        wanted = positive is not None and (choice is None or form is not None)
+        if wanted and decisions is not None and rows.choices is not None:
+            assert positive is not None
+            form = best_form(rows.choices, positive, decisions) if form is None else form
+            scales.append(_beside_sum(rows.choices, positive, decisions, form))
         ranks = rankdata(values)
         best: tuple[float, Kernel, _Scale, Floats] | None = None
         least = np.inf
@@ -184,11 +184,18 @@ def _scales(values: Floats) -> Iterator[_Scale]:
     yield _Scale(_standard(np.asarray(norm.ppf((rankdata(values) - 0.5) / len(values)))))
 
 
+def _positive(values: Floats) -> Floats | None:
+    """The values, with half of the least positive one for what is 0 (the damage of an untouched network); None where
+    one is negative or none is positive."""
+    if values.min() < 0 or values.max() <= 0:
+        return None
+    return np.maximum(values, values[values > 0].min() / 2)
+
+
 def _beside_sum(choices: Ints, values: Floats, decisions: Decisions, form: Form) -> _Scale:
     """The logarithms of the ratios to what adds up, each foreseen from other values."""
     foreseen = np.log(held_out(choices, values, decisions, form))
     ratios = np.log(values) - foreseen
-    # The mean belongs to the process, which gives it back through its linear part only: so it stays with the sum.
     unit = float(ratios.std()) or 1.0
     return _Scale(ratios / unit, foreseen, unit, Additive(choices, values, decisions, form))
 

@@ -77,12 +77,22 @@ def test_few_policies_say_what_a_process_alone_does_not_learn() -> None:
     assert agreement > spearmanr(without.predict(features[1]), damage(later)).statistic + 0.03
 
 
-def test_what_is_not_positive_has_no_sum() -> None:
+def test_what_is_negative_has_no_sum() -> None:
     chosen = policies(40, 4)
     rows = Rows(chosen / 4.0, chosen)
     fitted = Surrogate(rows, damage(chosen) - 1.0, decisions=decisions(4, ordered=True))
     assert fitted.choice.form is None
     assert np.isfinite(fitted.predict(rows)).all()
+
+
+def test_an_untouched_network_has_no_damage() -> None:
+    chosen = np.concatenate([policies(60, 8), np.full((1, 8), 4)])
+    values = damage(chosen) - damage(chosen[-1:])
+    rows, later = Rows(chosen / 4.0, chosen), policies(200, 8, seed=5)
+    fitted = Surrogate(rows, values, decisions=decisions(8, ordered=True))
+    assert fitted.summed is not None
+    assert 60 in np.argsort(fitted.predict(rows))[:6]
+    assert spearmanr(fitted.predict(Rows(later / 4.0, later)), damage(later)).statistic > 0.97
 
 
 def test_the_search_meets_the_best_policies() -> None:
