@@ -109,12 +109,11 @@ class Surrogate:
         self._mean, self._deviation = float(values.mean()), float(values.std()) or 1.0
         form = None if choice is None else choice.form
         scales = [_Scale(_standard(values))] if plain else list(_scales(values))
-        positive = None if plain or len(values) < FOLDS else _positive(values)
-        wanted = positive is not None and (choice is None or form is not None)
-        if wanted and decisions is not None and rows.choices is not None:
-            assert positive is not None
-            form = best_form(rows.choices, positive, decisions) if form is None else form
-            scales.append(_beside_sum(rows.choices, positive, decisions, form))
+        known = values > 0
+        adds_up = not plain and (choice is None or form is not None) and values.min() >= 0 and known.sum() >= FOLDS
+        if adds_up and decisions is not None and rows.choices is not None:
+            form = best_form(rows.choices[known], values[known], decisions) if form is None else form
+            scales.append(_beside_sum(rows.choices, values, decisions, form))
         ranks = rankdata(values)
         best: tuple[float, Kernel, _Scale, Floats] | None = None
         least = np.inf
@@ -184,20 +183,18 @@ def _scales(values: Floats) -> Iterator[_Scale]:
     yield _Scale(_standard(np.asarray(norm.ppf((rankdata(values) - 0.5) / len(values)))))
 
 
-def _positive(values: Floats) -> Floats | None:
-    """The values, with half of the least positive one for what is 0 (the damage of an untouched network); None where
-    one is negative or none is positive."""
-    if values.min() < 0 or values.max() <= 0:
-        return None
-    return np.maximum(values, values[values > 0].min() / 2)
-
-
 def _beside_sum(choices: Ints, values: Floats, decisions: Decisions, form: Form) -> _Scale:
-    """The logarithms of the ratios to what adds up, each foreseen from other values."""
-    foreseen = np.log(held_out(choices, values, decisions, form))
-    ratios = np.log(values) - foreseen
+    """The logarithms of the ratios to what adds up, each foreseen from other values.
+
+    Of what is 0, the damage of an untouched network, no ratio can be told: it is as foreseen.
+    """
+    known = values > 0
+    summed = Additive(choices[known], values[known], decisions, form)
+    foreseen = np.log(summed.predict(choices))
+    foreseen[known] = np.log(held_out(choices[known], values[known], decisions, form))
+    ratios = np.where(known, np.log(np.where(known, values, 1.0)) - foreseen, 0.0)
     unit = float(ratios.std()) or 1.0
-    return _Scale(ratios / unit, foreseen, unit, Additive(choices, values, decisions, form))
+    return _Scale(ratios / unit, foreseen, unit, summed)
 
 
 def _standard(values: Floats) -> Floats:

@@ -91,8 +91,8 @@ def test_an_untouched_network_has_no_damage() -> None:
     rows, later = Rows(chosen / 4.0, chosen), policies(200, 8, seed=5)
     fitted = Surrogate(rows, values, decisions=decisions(8, ordered=True))
     assert fitted.summed is not None
-    assert 60 in np.argsort(fitted.predict(rows))[:6]
-    assert spearmanr(fitted.predict(Rows(later / 4.0, later)), damage(later)).statistic > 0.97
+    assert fitted.predict(rows).argmin() == 60
+    assert spearmanr(fitted.predict(Rows(later / 4.0, later)), damage(later)).statistic > 0.99
 
 
 def test_the_search_meets_the_best_policies() -> None:
