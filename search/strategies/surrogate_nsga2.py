@@ -9,9 +9,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from archfront.search.strategies.additive import Decisions, supported
 from archfront.search.strategies.nsga2 import NSGA2
 from archfront.search.strategies.selection import Floats, Members, ranking
-from archfront.search.strategies.additive import Decisions, supported
 from archfront.search.strategies.surrogate import Choice, Rows, Surrogate
 from archfront.search.strategy import Ask, Problem, Proposals, Results
 from archfront.spaces.product import ColumnSpace
@@ -151,9 +151,7 @@ class SurrogateNSGA2(NSGA2):
         first = int(_FEWEST * _GROWTH**steps)
 
         def surrogate(values: Floats, *, plain: bool = False) -> Surrogate:
-            chosen: Choice = Surrogate(
-                rows.first(first), values[:first], plain=plain, decisions=self._decisions
-            ).choice
+            chosen: Choice = Surrogate(rows.first(first), values[:first], plain=plain, decisions=self._decisions).choice
             return Surrogate(rows, values, chosen, plain=plain, decisions=self._decisions)
 
         positive = known.violations[known.violations > 0]
