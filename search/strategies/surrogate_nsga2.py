@@ -82,7 +82,7 @@ class SurrogateNSGA2(NSGA2):
         if isinstance(self.space, ColumnSpace):
             columns = self.space.columns
             self._decisions = Decisions(
-                kinds=tuple(column.choices for column in columns),
+                kinds=tuple((column.choices, column.ordered) for column in columns),
                 counts=tuple(len(column.choices) for column in columns),
                 ordered=tuple(column.ordered for column in columns),
             )
