@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -22,7 +22,7 @@ from archfront.search.job import Finalists, JobSpec, Tune
 from archfront.search.learning import learning_evaluator
 from archfront.search.strategies.halving import with_halving
 from archfront.search.strategies.registry import STRATEGIES
-from archfront.search.strategy import Problem, Strategy
+from archfront.search.strategy import Limit, Problem, Strategy
 from archfront.spaces.policies.policy_chain import has_policies
 from archfront.spaces.registry import SPACES
 from archfront.spaces.space import Space
@@ -135,7 +135,10 @@ def resolve(spec: JobSpec) -> ResolvedJob:
     if spec.finalists.where is not None:
         Condition(spec.finalists.where, metrics, "finalists.where")
     check_backends(spec.finalists, space)
-    problem = Problem(space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed)
+    problem = Problem(
+        space=space, objectives=len(spec.objectives), fidelities=fidelities, seed=spec.seed,
+        limits=_limits(spec, constraints),
+    )  # fmt: skip
     _check_strategy(spec, problem)
     _check_engine(spec, fidelities)
     batch = spec.workers.batch or max(1, min(evaluator.batch_size for _, evaluator in evaluators))
@@ -251,6 +254,19 @@ def _known_metric(name: str, field: str, metrics: Mapping[str, MetricSpec]) -> M
     if name not in metrics:
         raise InputError(field, name, "is no metric of this job's evaluators", suggestion(name, metrics))
     return metrics[name]
+
+
+def _limits(spec: JobSpec, constraints: Sequence[Constraint]) -> tuple[Limit, ...]:
+    """Those of the constraints that concern an objective, whatever its error."""
+    found = []
+    for i, objective in enumerate(spec.objectives):
+        sign = -1 if objective.direction == "max" else 1
+        found += [
+            Limit(objective=i, bound=sign * one.bound, upper=one.upper == (sign > 0))
+            for one in constraints
+            if one.metric == objective.metric and one.confidence is None
+        ]
+    return tuple(found)
 
 
 def _check_strategy(spec: JobSpec, problem: Problem) -> None:

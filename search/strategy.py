@@ -14,6 +14,26 @@ from archfront.search.seen import Seen
 from archfront.spaces.space import Population, Space
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A constraint on an objective.
+
+    Attributes:
+        objective: its index.
+        bound: oriented as the objective.
+        upper: whether values beyond the bound are too large.
+    """
+
+    objective: int
+    bound: float
+    upper: bool
+
+    def excess(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """How far values are outside, relative to the bound; 0 inside."""
+        beyond = values - self.bound if self.upper else self.bound - values
+        return np.asarray(np.maximum(beyond, 0.0) / max(abs(self.bound), 1e-12))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a strategy needs to know of its job.
@@ -21,6 +41,7 @@ class Problem:
     Attributes:
         space: where to search.
         objectives: number of objectives; results hold them oriented so that less is better.
+        limits: the constraints that are a function of the objectives; others are known by ``Results.violations`` alone.
         fidelities: in rising order; ``(0,)`` where the job has none.
         seed: the job's.
     """
@@ -29,6 +50,14 @@ class Problem:
     objectives: int
     fidelities: tuple[int, ...] = (0,)
     seed: int = 0
+    limits: tuple[Limit, ...] = ()
+
+    def excess(self, objectives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """``(n,)``: the part of the violation that the limits are, of ``(n, objectives)``."""
+        found = np.zeros(len(objectives))
+        for limit in self.limits:
+            found += limit.excess(objectives[:, limit.objective])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

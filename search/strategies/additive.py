@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import lsq_linear, nnls
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_SHRINKAGES = (0.1, 0.01, 0.001)
-"""Weights of what decisions have in common, against one evaluation."""
+_LEVEL, _SIZE, _PROFILE = 2.0, 2.0, 3.0
+"""Standard deviations of logarithms of prices: of all, of a decision's, of a choice's in all decisions of a kind."""
 
-_LEAST = 0.05
-"""Part of the mean price that every price is free to differ by, whatever the profile says."""
+_OWN = (0.2, 0.5, 1.0)
+_NOISES = (0.1, 0.03, 0.003)
 
-FOLDS = 5
+_STEPS, _LONGEST, _ENOUGH = 40, 3.0, 1e-4
+"""Of Newton's method: at most, in the logarithm of a price, and the least relative gain to go on for."""
 
 _DECADES = 2.0
 """Values are weighed against each other from a part of 10 to this to as many times."""
@@ -36,12 +36,10 @@ class Decisions:
     Attributes:
         kinds: of each; those of equal kind have the same choices.
         counts: of choices.
-        ordered: whether their order means something.
     """
 
     kinds: tuple[Hashable, ...]
     counts: tuple[int, ...]
-    ordered: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -49,61 +47,94 @@ class Form:
     """How prices are fitted.
 
     Attributes:
-        rising: whether prices rise with the choice in ordered decisions, or fall.
-        shrinkage: see ``_SHRINKAGES``.
+        own: standard deviation of the logarithm of one price beside what its decision and its choice say.
+        noise: of the logarithm of a sum.
     """
 
-    rising: bool
-    shrinkage: float
+    own: float
+    noise: float
 
 
 class Additive:
-    """``sum_i price[i, choice_i]`` of positive values, no price negative, by least squares of relative errors.
+    """``sum_i price[i, choice_i]`` of positive values, all prices positive.
 
-    Decisions with the same choices are alike at first: one profile over the choices, times a size of each decision.
-    Prices shrink towards that, so that the rare ones are not priced at random.
+    Logarithms of prices are normal a priori: a decision's size, plus a profile over the choices that decisions of one
+    kind share, plus what is the price's own. So a price that no value tells is four times another where such prices
+    usually are. The most probable prices by Gauss-Newton steps, their uncertainty by Laplace's approximation there
+    (MacKay, "Information Theory, Inference, and Learning Algorithms", 2003, chapter 27).
 
     Args:
         choices: ``(n, columns)`` indices.
         values: ``(n,)``, positive.
         form: as ``best_form`` finds it.
+
+    Attributes:
+        left_out: ``(n,)``: each value as foreseen from the others, to first order.
+        density: mean logarithm of the density of the values' logarithms, as foreseen so.
     """
 
     def __init__(self, choices: Ints, values: Floats, decisions: Decisions, form: Form) -> None:
         counts = np.array(decisions.counts)
-        self._decision = np.repeat(np.arange(len(counts)), counts)
-        self._choice = np.concatenate([np.arange(count) for count in counts])
-        self._counts = counts
-        # Where order counts, what is priced are steps: each choice pays for itself and for all on its dear side.
-        self._steps, self._rising = np.array(decisions.ordered)[self._decision], form.rising
-        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(decisions.kinds))}
-        kind = np.array([numbers[kind] for kind in decisions.kinds])[self._decision]
-        profile = kind * counts.max() + self._choice
-        design = self._pays(choices) / values[:, None]
-        first = _prices(_summed(design, profile))[profile]
-        expected = first * _prices(_summed(design * first, self._decision))[self._decision]
-        scale = np.maximum(expected, _LEAST * float(expected.mean()))
-        self._prices = scale * _prices(design * scale, expected / scale, form.shrinkage)
+        self._counts, self._begins = counts, counts.cumsum() - counts
+        precision = _precision(decisions, form)
+        told, chosen = np.log(values), self._chosen(choices)
+        mean = float(np.median(told)) - np.log(len(counts))
+
+        def lack(prices: Floats) -> float:
+            """Half the squared errors, of the values and of the prior."""
+            error = (told - np.log(chosen @ np.exp(prices))) / form.noise
+            return float(error @ error + (prices - mean) @ precision @ (prices - mean)) / 2
+
+        prices, least = np.full(len(precision), mean), np.inf
+        for _ in range(_STEPS):
+            parts, error = _parts(chosen, prices, told)
+            self._root = cholesky(precision + parts.T @ parts / form.noise**2, lower=True)
+            slope = parts.T @ error / form.noise**2 - precision @ (prices - mean)
+            step = cho_solve((self._root, True), slope)
+            step *= min(1.0, _LONGEST / float(np.abs(step).max(initial=1e-12)))
+            before = least if np.isfinite(least) else lack(prices)
+            for _ in range(8):
+                least = lack(prices + step)
+                if least < before:
+                    break
+                step /= 2
+            else:
+                break
+            prices = prices + step
+            if before - least < _ENOUGH * max(least, 1.0):
+                break
+        parts, error = _parts(chosen, prices, told)
+        self._root = cholesky(precision + parts.T @ parts / form.noise**2, lower=True)
+        self._prices = prices
+        # A part of what a value is foreseen by is that value itself.
+        itself = np.square(solve_triangular(self._root, parts.T, lower=True)).sum(axis=0) / form.noise**2
+        others = np.maximum(1 - itself, 1e-6)
+        self.left_out = np.exp(told - np.clip(error / others, -_LONGEST, _LONGEST))
+        variance = form.noise**2 / others
+        self.density = float(np.mean(-np.log(2 * np.pi * variance) - np.square(error / others) / variance) / 2)
 
     def predict(self, choices: Ints) -> Floats:
         """``(n,)``, positive."""
-        found: Floats = np.maximum(self._pays(choices) @ self._prices, np.finfo(float).tiny)
+        found: Floats = self._chosen(choices) @ np.exp(self._prices)
         return found
 
-    def table(self) -> Floats:
-        """``(columns, most choices)``: what each choice adds; infinite where a column has fewer."""
+    def table(self, rng: np.random.Generator | None = None) -> Floats:
+        """``(columns, most choices)``: what each choice adds; infinite where a column has fewer.
+
+        With ``rng`` drawn from what prices may be, else what they most probably are.
+        """
+        prices = self._prices
+        if rng is not None:
+            prices = prices + solve_triangular(self._root.T, rng.standard_normal(len(prices)))
         found = np.full((len(self._counts), int(self._counts.max())), np.inf)
-        for choice in range(found.shape[1]):
-            there = self._counts > choice
-            paid = self._pays(np.where(there, choice, 0)[None])[0] * self._prices
-            found[there, choice] = np.bincount(self._decision, paid)[there]
+        found[np.arange(found.shape[1]) < self._counts[:, None]] = np.exp(prices)
         return found
 
-    def _pays(self, choices: Ints) -> Floats:
+    def _chosen(self, choices: Ints) -> Floats:
         """``(n, prices)``: which prices each row pays."""
-        chosen = choices[:, self._decision]
-        beyond = chosen >= self._choice if self._rising else chosen <= self._choice
-        return np.where(self._steps, beyond, chosen == self._choice).astype(np.float64)
+        found = np.zeros((len(choices), int(self._counts.sum())))
+        found[np.arange(len(choices))[:, None], self._begins + choices] = 1.0
+        return found
 
 
 def supported(tables: Sequence[Floats], rng: np.random.Generator, count: int) -> Ints:
@@ -120,45 +151,27 @@ def supported(tables: Sequence[Floats], rng: np.random.Generator, count: int) ->
 
 
 def best_form(choices: Ints, values: Floats, decisions: Decisions) -> Form:
-    """The form that foresees held-out values best."""
-    directions = (False, True) if any(decisions.ordered) else (False,)
-    forms = [Form(rising, shrinkage) for rising in directions for shrinkage in _SHRINKAGES]
-
-    def error(form: Form) -> float:
-        return float(np.abs(np.log(held_out(choices, values, decisions, form) / values)).mean())
-
-    return min(forms, key=error)
+    """The form that foresees each value from the others best."""
+    forms = [Form(own, noise) for own in _OWN for noise in _NOISES]
+    return max(forms, key=lambda form: Additive(choices, values, decisions, form).density)
 
 
-def held_out(choices: Ints, values: Floats, decisions: Decisions, form: Form) -> Floats:
-    """``(n,)``: each value as foreseen from the other folds; ``FOLDS`` rows or more."""
-    found = np.empty(len(values))
-    fold = np.arange(len(values)) % FOLDS
-    for i in range(FOLDS):
-        inside = fold != i
-        found[~inside] = Additive(choices[inside], values[inside], decisions, form).predict(choices[~inside])
+def _precision(decisions: Decisions, form: Form) -> Floats:
+    """``(prices, prices)``: the inverse of the prior covariance of their logarithms."""
+    counts = np.array(decisions.counts)
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(decisions.kinds))}
+    decision = np.repeat(np.arange(len(counts)), counts)
+    choice = np.concatenate([np.arange(count) for count in counts])
+    profile = np.array([numbers[kind] for kind in decisions.kinds])[decision] * counts.max() + choice
+    covariance = np.full((len(decision), len(decision)), _LEVEL**2)
+    covariance += _SIZE**2 * (decision[:, None] == decision) + _PROFILE**2 * (profile[:, None] == profile)
+    covariance[np.diag_indices_from(covariance)] += form.own**2
+    found: Floats = np.linalg.inv(covariance)
     return found
 
 
-def _summed(design: Floats, group: Ints) -> Floats:
-    """``(n, groups)``: columns of a group added up."""
-    found = np.zeros((int(group.max()) + 1, len(design)))
-    np.add.at(found, group, design.T)
-    return found.T
-
-
-def _prices(design: Floats, expected: Floats | None = None, shrinkage: float = 1e-3) -> Floats:
-    """Not negative, with ``design @ prices`` nearest to 1 and, at little cost, to what is expected (1 if None)."""
-    wanted = np.ones(design.shape[1]) if expected is None else expected
-    # By the normal equations: rows are many more than prices, and the active set is sought many times.
-    square = design.T @ design + np.diag(np.full(len(wanted), shrinkage**2))
-    unit = 1 / np.sqrt(np.diag(square))
-    upper = cholesky(square * unit * unit[:, None])
-    right = solve_triangular(upper, unit * (design.sum(axis=0) + shrinkage**2 * wanted), trans="T")
-    found: Floats
-    try:
-        found = nnls(upper, right)[0]
-    except RuntimeError:
-        # It goes round in circles on what rounding alone tells apart.
-        found = lsq_linear(upper, right, (0.0, np.inf), method="trf").x
-    return unit * found
+def _parts(chosen: Floats, prices: Floats, told: Floats) -> tuple[Floats, Floats]:
+    """Which part of each sum is each price, and how far the sums' logarithms lie below what was told."""
+    paid = chosen * np.exp(prices)
+    sums = paid.sum(axis=1)
+    return paid / sums[:, None], told - np.log(sums)

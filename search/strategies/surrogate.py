@@ -17,13 +17,16 @@ from scipy.linalg import cho_solve, cholesky
 from scipy.spatial.distance import cdist
 from scipy.stats import norm, rankdata
 
-from archfront.search.strategies.additive import FOLDS, Additive, Decisions, Form, best_form, held_out
+from archfront.search.strategies.additive import Additive, Decisions, Form, best_form
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _LENGTHS = (0.5, 1.0, 2.0)
 _NOISES = (1e-3, 3e-2)
+
+_LEAST = 5
+"""Positive values that a sum is fitted to."""
 
 _WORTH = 0.7
 """Part of the disorder (one less the agreement) of the other scales that a sum may leave at most."""
@@ -110,7 +113,7 @@ class Surrogate:
         form = None if choice is None else choice.form
         scales = [_Scale(_standard(values))] if plain else list(_scales(values))
         known = values > 0
-        adds_up = not plain and (choice is None or form is not None) and values.min() >= 0 and known.sum() >= FOLDS
+        adds_up = not plain and (choice is None or form is not None) and values.min() >= 0 and known.sum() >= _LEAST
         if adds_up and decisions is not None and rows.choices is not None:
             form = best_form(rows.choices[known], values[known], decisions) if form is None else form
             scales.append(_beside_sum(rows.choices, values, decisions, form))
@@ -132,6 +135,8 @@ class Surrogate:
         assert best is not None
         self.agreement, kernel, self._scale, self._weights = best
         self.choice = Choice(kernel, form)
+        order = np.argsort(self._scale.values)
+        self._known = self._scale.values[order], values[order]
 
     def predict(self, rows: Rows) -> Floats:
         """``(n,)`` on a scale of its own, in which less is less; that of ``standard`` if fitted ``plain``."""
@@ -143,6 +148,13 @@ class Surrogate:
         # On the values' own scale: what spreads candidates along a front spreads them as the objectives lie.
         foreseen: Floats = self._scale.summed.predict(rows.choices) * np.exp(self._scale.unit * found)
         return foreseen
+
+    def values(self, predicted: Floats) -> Floats:
+        """``(n,)``: what ``predict`` gave, on the scale of the values; within the range of those that are known."""
+        if self._scale.summed is not None:
+            return predicted
+        found: Floats = np.interp(predicted, *self._known)
+        return found
 
     @property
     def summed(self) -> Additive | None:
@@ -184,14 +196,14 @@ def _scales(values: Floats) -> Iterator[_Scale]:
 
 
 def _beside_sum(choices: Ints, values: Floats, decisions: Decisions, form: Form) -> _Scale:
-    """The logarithms of the ratios to what adds up, each foreseen from other values.
+    """The logarithms of the ratios to what adds up, each foreseen from the others.
 
     Of what is 0, the damage of an untouched network, no ratio can be told: it is as foreseen.
     """
     known = values > 0
     summed = Additive(choices[known], values[known], decisions, form)
     foreseen = np.log(summed.predict(choices))
-    foreseen[known] = np.log(held_out(choices[known], values[known], decisions, form))
+    foreseen[known] = np.log(summed.left_out)
     ratios = np.where(known, np.log(np.where(known, values, 1.0)) - foreseen, 0.0)
     unit = float(ratios.std()) or 1.0
     return _Scale(ratios / unit, foreseen, unit, summed)

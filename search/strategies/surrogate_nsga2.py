@@ -21,29 +21,41 @@ _FEWEST = 20
 _MOST = 1200
 """Evaluations that a surrogate is fitted to: what it costs grows with their third power."""
 
+_ROUNDING = 1e-9
+"""A violation below it is what sums of several leave."""
+
+_DRAWS = 8
+"""Of prices, where objectives are sums over decisions."""
+
+_MOST_PRICES = 1500
+"""Choices of all decisions up to which they are priced: what that costs grows with their third power."""
+
 _GROWTH, _ENOUGH = 1.3, 400
 """Kernels are chosen anew whenever there are so many times more evaluations, until there are enough."""
 
 
 @dataclass(frozen=True)
 class _Foresight:
-    """Surrogates of all objectives, and of the violation where some candidate violates a constraint."""
+    """Surrogates of all objectives, and of what the limits of objectives leave of the violation, where anything."""
 
+    problem: Problem
     objectives: list[Surrogate]
     violation: Surrogate | None
     smallest: float
 
     def members(self, keys: list[bytes], population: Population, rows: Rows) -> Members:
         """Candidates as if they had been evaluated."""
-        violations = np.zeros(len(keys))
+        foreseen = [surrogate.predict(rows) for surrogate in self.objectives]
+        values = [surrogate.values(column) for surrogate, column in zip(self.objectives, foreseen, strict=True)]
+        violations = self.problem.excess(np.stack(values, axis=1))
         if self.violation is not None:
             allowed = self.violation.standard(self.smallest / 2)
-            violations = np.maximum(self.violation.predict(rows) - allowed, 0.0)
+            violations += np.maximum(self.violation.predict(rows) - allowed, 0.0)
         return Members(
             population=population,
             keys=keys,
             fidelities=np.zeros(len(keys), dtype=np.int64),
-            objectives=np.stack([surrogate.predict(rows) for surrogate in self.objectives], axis=1),
+            objectives=np.stack(foreseen, axis=1),
             violations=violations,
         )
 
@@ -79,12 +91,11 @@ class SurrogateNSGA2(NSGA2):
         self._known: list[Members] = []
         self._foresight: _Foresight | None = None
         self._decisions: Decisions | None = None
-        if isinstance(self.space, ColumnSpace):
-            columns = self.space.columns
+        columns = self.space.columns if isinstance(self.space, ColumnSpace) else ()
+        if 0 < sum(len(column.choices) for column in columns) <= _MOST_PRICES:
             self._decisions = Decisions(
                 kinds=tuple((column.choices, column.ordered) for column in columns),
                 counts=tuple(len(column.choices) for column in columns),
-                ordered=tuple(column.ordered for column in columns),
             )
 
     def learn(self, population: Population, results: Results) -> None:
@@ -114,9 +125,12 @@ class SurrogateNSGA2(NSGA2):
         begun = parents.population
         sums = [surrogate.summed for surrogate in foresight.objectives]
         if len(sums) > 1 and all(sums):
-            tables = [one.table() for one in sums if one is not None]
-            drawn = supported(tables, rng, size).astype(begun.dtype)
-            begun = np.concatenate([begun, self.space.canonical(drawn)])
+            # Some by other prices than the most probable ones, so that what is tried tells which are right.
+            draws = [None, *[rng] * _DRAWS]
+            tables = [[one.table(draw) for one in sums if one is not None] for draw in draws]
+            sizes = [size, *[size // _DRAWS] * _DRAWS]
+            drawn = np.concatenate([supported(one, rng, n) for one, n in zip(tables, sizes, strict=True)])
+            begun = np.concatenate([begun, self.space.canonical(np.unique(drawn, axis=0).astype(begun.dtype))])
         alive = self._foretold(foresight, begun)
         for _ in range(self.generations):
             children = self.space.canonical(self._bred(rng, alive, size))
@@ -154,10 +168,13 @@ class SurrogateNSGA2(NSGA2):
             chosen: Choice = Surrogate(rows.first(first), values[:first], plain=plain, decisions=self._decisions).choice
             return Surrogate(rows, values, chosen, plain=plain, decisions=self._decisions)
 
-        positive = known.violations[known.violations > 0]
+        rest = known.violations - self.problem.excess(known.objectives)
+        rest[rest < _ROUNDING] = 0.0
+        positive = rest[rest > 0]
         return _Foresight(
+            problem=self.problem,
             objectives=[surrogate(column) for column in known.objectives.T],
-            violation=surrogate(known.violations, plain=True) if len(positive) else None,
+            violation=surrogate(rest, plain=True) if len(positive) else None,
             smallest=float(positive.min(initial=0.0)) if len(positive) else 0.0,
         )
 

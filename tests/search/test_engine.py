@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import sqlalchemy as sa
@@ -154,6 +155,20 @@ def test_constraints_keep_the_infeasible_off_the_front(tmp_path: Path, plugin: P
         costs = [row["cost"] for row in job.front()]
         assert costs
         assert max(costs) <= bound
+
+
+def test_strategies_know_the_constraints_on_objectives(plugin: Path) -> None:
+    """All but those that ask for a confidence, which depends on more than the objective's value."""
+    load_plugins(read_plugins([plugin]))
+    job = resolve(parse_spec(synthetic_job(constraints=["cost <= 15", "cost >= 4", "gain >= 3", "cost <= 9 @ 95%"])))
+    known = resolve(parse_spec(synthetic_job(constraints=["cost <= 15", "cost >= 4", "gain >= 3"])))
+    violated = 0
+    for cost in (2.0, 4.0, 15.0, 22.0):
+        for gain in (2.0, 3.0, 5.0):
+            verdict = known.judge({"cost": Metric(cost, std=0.5), "gain": Metric(gain)})
+            assert job.problem.excess(np.array([verdict.objectives])) == pytest.approx(verdict.violation)
+            violated += verdict.violation > 0
+    assert violated == 8
 
 
 @pytest.mark.parametrize("misdeed", ["raise", "nan"])
