@@ -28,15 +28,16 @@ from archfront.evaluators.torch_files import runner as torch_runner
 from archfront.spaces.policies.quantised import bake, input_bits, weight_quantiser, without_input_quantisers
 from archfront.spaces.policies.quantiser import ActivationQuantiser
 
-Form = Literal["float", "static", "dynamic", "torch-static", "torch-dynamic"]
+Form = Literal["float", "static", "static-channels-last", "dynamic", "torch-static", "torch-dynamic"]
 
 
 class FileBackend(NamedTuple):
     """A backend that executes a file.
 
     Attributes:
-        form: ``float``; ``static``: layers in int8, in ranges that are fixed; ``dynamic``: linear layers in int8, in
-            the ranges of each batch. As ONNX, or as files of torch's own.
+        form: ``float``; ``static``: layers in int8, in ranges that are fixed, the same with the channels of
+            convolutions last; ``dynamic``: linear layers in int8, in the ranges of each batch. As ONNX, or as files of
+            torch's own.
         runtime: see ``onnx_files`` and ``torch_files``.
     """
 
@@ -46,7 +47,7 @@ class FileBackend(NamedTuple):
 
 FILE_BACKENDS = {
     "onnx": FileBackend("float", "onnx"),
-    "onnx-int8": FileBackend("static", "onnx"),
+    "onnx-int8": FileBackend("static-channels-last", "onnx"),
     "onnx-int8-dynamic": FileBackend("dynamic", "onnx"),
     "openvino": FileBackend("float", "openvino"),
     "openvino-int8": FileBackend("static", "openvino"),
@@ -116,8 +117,9 @@ class Deployment:
             raise ValueError(f"the policy has no {kind} of 8 bits or fewer in weights and inputs")
         if form == "float":
             export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
-        elif form == "static":
-            write_static(self.file("float"), path, [batch.numpy() for batch in batches], self._ranges)
+        elif form in ("static", "static-channels-last"):
+            given = [batch.numpy() for batch in batches]
+            write_static(self.file("float"), path, given, self._ranges, channels_last=form != "static")
         elif form == "dynamic":
             write_dynamic(self.file("float"), path, self._in_int8(form))
         elif form == "torch-static":

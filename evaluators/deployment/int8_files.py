@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from archfront.errors import ArchfrontError
+from archfront.evaluators.deployment.channels_last import use_channels_last
 from archfront.evaluators.deployment.layer_times import LayerNode
+from archfront.evaluators.deployment.shortcuts import merge_shortcuts
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _PASSING = (
@@ -51,6 +53,8 @@ def write_static(
     target: Path,
     batches: Sequence[npt.NDArray[Any]],
     ranges: Mapping[str, tuple[float, float] | None],
+    *,
+    channels_last: bool = False,
 ) -> None:
     """Weights and activations of layers in int8, in ranges that are fixed.
 
@@ -58,6 +62,7 @@ def write_static(
         source: a file of ``export_onnx``.
         batches: that other ranges are observed on: of sums and pools between convolutions, and where none is given.
         ranges: path of each layer that shall compute in int8 -> lowest and highest of what it reads.
+        channels_last: in operators of ONNX Runtime's own (``channels_last``), else in ONNX's alone.
 
     Raises:
         LayerNotFoundError: a layer has no operator.
@@ -85,14 +90,19 @@ def write_static(
             return None if batch is None else {name: batch}
 
     chosen = [node for found in nodes.values() for node in found]
+    between = merge_shortcuts(model, _between(model.graph, chosen))
     # A tensor has one range: one that a layer reads keeps the layer's, whatever else reads it.
     with _quiet():
         quantize_static(
-            str(source), str(target), Batches(), quant_format=QuantFormat.QDQ, per_channel=True,
+            model, str(target), Batches(), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=not vnni(),
-            nodes_to_quantize=[node.name for node in [*chosen, *_between(model.graph, chosen)]],
+            nodes_to_quantize=[node.name for node in [*chosen, *between]],
             op_types_to_quantize=[*_LAYERS, *_PASSING], extra_options={"TensorQuantOverrides": overrides},
         )  # fmt: skip
+    if channels_last:
+        written = onnx.load(str(target))
+        use_channels_last(written)
+        onnx.save(written, str(target))
 
 
 def write_dynamic(source: Path, target: Path, paths: Sequence[str]) -> None:
@@ -162,9 +172,9 @@ def _found_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _between(graph: Any, chosen: Sequence[Any]) -> list[Any]:
-    """Operators that read nothing but what chosen convolutions give, or operators between."""
+    """Operators that read nothing but what chosen convolutions read and give, or operators between."""
     constants = {initializer.name for initializer in graph.initializer}
-    in_int8 = {output for node in chosen if node.op_type == "Conv" for output in node.output}
+    in_int8 = {name for node in chosen if node.op_type == "Conv" for name in (node.input[0], *node.output)}
     found = []
     for node in graph.node:  # in the order in which they run
         read = [name for name in node.input if name and name not in constants]

@@ -20,6 +20,9 @@ _PRODUCTS = (
     "FusedGemm", "QGemm",
 )  # fmt: skip
 _BYTES = {"float": 4, "int32": 4, "int64": 8, "uint8": 1, "int8": 1, "bool": 1, "double": 8, "float16": 2}
+NO_LAYER = "archfront_"
+"""Names of convolutions begin so that stand for other operators of the network."""
+
 _QUIET = 0.25
 """Of the runs of a layer that many are faster than its figure: neighbours and the profiler itself only add."""
 
@@ -109,7 +112,7 @@ def attributed(events: Sequence[Mapping[str, Any]], layers: Sequence[LayerNode])
             durations[name].append(float(event["dur"]) / 1e3)
             first.setdefault(name, event["args"])
     ms = {name: float(np.quantile(values, _QUIET)) for name, values in durations.items()}
-    convolutions = [name for name in first if first[name]["op_name"] in _CONVOLUTIONS]
+    convolutions = [name for name in first if first[name]["op_name"] in _CONVOLUTIONS and not name.startswith(NO_LAYER)]
     wanted = [layer for layer in layers if layer.convolution]
     places = dict(zip(wanted, convolutions, strict=True)) if len(wanted) == len(convolutions) else {}
     products = {name: args for name, args in first.items() if args["op_name"] in _PRODUCTS}

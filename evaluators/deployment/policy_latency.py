@@ -130,7 +130,7 @@ def mask_items(
         if chosen and backend.endswith("dynamic"):
             write_dynamic(source, file, chosen)
         elif chosen:
-            write_static(source, file, [example.numpy()], dict.fromkeys(chosen))
+            write_static(source, file, [example.numpy()], dict.fromkeys(chosen), channels_last=True)
         items.append({"file": str(file), "runtime": "onnx", "shape": list(example.shape[1:]), "batch": batch})
     return items
 

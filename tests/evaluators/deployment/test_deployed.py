@@ -17,6 +17,7 @@ from tests.support.small_models import bits, data_of
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.deployment.deployed import FILE_BACKENDS, Deployment, deployed_items, int8_layers
 from archfront.evaluators.deployment.int8_files import LayerNotFoundError, write_static
+from archfront.evaluators.deployment.layer_times import NO_LAYER
 from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
 from archfront.evaluators.onnx_files import export_onnx, outputs
 from archfront.evaluators.training_loop import torch_threads
@@ -77,7 +78,10 @@ def test_layers_that_the_policy_leaves_in_float_stay_there(
     some = deployment(network, but_one, tmp_path).file("static")
     left = len(int8_layers(network.prepared(but_one)))
     weights = [
-        sum(w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1 for w in onnx.load(str(path)).graph.initializer)
+        sum(
+            w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1 and not w.name.startswith(NO_LAYER)
+            for w in onnx.load(str(path)).graph.initializer
+        )
         for path in (eight.file("static"), some)
     ]
     assert weights[1] == left < weights[0]
@@ -121,10 +125,10 @@ def test_openvino_computes_the_same(network: Compressible, eight: Deployment) ->
 def test_facts_of_a_file_are_those_of_its_outputs(network: Compressible, eight: Deployment) -> None:
     facts = eight.facts(FILE_BACKENDS["onnx-int8"], 1)
     batches, labels = network.inputs("test")
-    found = outputs(eight.file("static"), "onnx", batches, 1)
+    found = outputs(eight.file("static-channels-last"), "onnx", batches, 1)
     right = 100 * float((found.argmax(-1) == labels).double().mean())
     assert facts["test_accuracy"] == pytest.approx(right)
-    assert facts["file_bytes"] == eight.file("static").stat().st_size
+    assert facts["file_bytes"] == eight.file("static-channels-last").stat().st_size
     assert eight.facts(FILE_BACKENDS["onnx"], 1)["int8_layers"] == 0 < facts["int8_layers"]
 
 
@@ -146,7 +150,7 @@ def test_the_network_itself_and_what_fails_are_measured_beside_the_rest(network:
 
 
 def test_a_file_needs_nothing_but_onnx_runtime(network: Compressible, eight: Deployment, tmp_path: Path) -> None:
-    path = eight.file("static")
+    path = eight.file("static-channels-last")
     batches, _ = network.inputs("test", 50)
     np.savez(tmp_path / "samples.npz", images=torch.cat(batches).numpy())
     program = (

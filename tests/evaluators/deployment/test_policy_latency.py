@@ -27,8 +27,9 @@ from archfront.spaces.fbnet import FBNetTiny
 QUICK = Settings(rounds=5, sample_ms=0.2, warmup_ms=1, warmup_limit_ms=10)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_every_layer_of_a_file_is_told_apart(kind: str, tmp_path: Path) -> None:
+def test_every_layer_of_a_file_is_told_apart(kind: str, *, channels_last: bool, tmp_path: Path) -> None:
     space = bits(kind, weights=[8, 32], activations="follow", keep={})
     source, target = tmp_path / "float.onnx", tmp_path / "int8.onnx"
     example = space.source.example(2)
@@ -37,7 +38,7 @@ def test_every_layer_of_a_file_is_told_apart(kind: str, tmp_path: Path) -> None:
     layers = file_layers(source, paths)
     assert [layer.path for layer in layers] == paths
     chosen = paths[1:4]
-    write_static(source, target, [example.numpy()], dict.fromkeys(chosen))
+    write_static(source, target, [example.numpy()], dict.fromkeys(chosen), channels_last=channels_last)
     feed = drawn_feed(source, 1, list(example.shape[1:]))
     for file, expected in ((source, []), (target, chosen)):
         *found, rest = layer_times(file, layers, feed, 1, runs=3)
