@@ -19,6 +19,7 @@ _STYLES = {
     "search from the recipes": ("tab:red", "D"),
 }
 SEARCHES = ("search", "search from the recipes")
+_OURS = "leave-one-in"
 _LEAST = 0.1
 """Points that are drawn at the bottom of the logarithmic scale."""
 
@@ -122,11 +123,17 @@ def divergences(found: dict[str, Any]) -> str:
         values = {policy: {row["average"]: row[measure] for row in rows} for policy, rows in shown.items()}
         cold, warm = (values.get(name, {}) for name in SEARCHES)
         beaten = [str(sum(cold[a] < values[r].get(a, float("inf")) for r in recipes)) for a in averages if a in cold]
-        improved = sum(warm[a] < min(values[r].get(a, float("inf")) for r in recipes) for a in averages if a in warm)
+        points = [(a, values[r][a]) for r in recipes for a in averages if a in warm and a in values[r]]
+        best, published = (
+            sum(warm[a] < min(values[r].get(a, float("inf")) for r in some) for a in averages if a in warm)
+            for some in (recipes, [r for r in recipes if r != _OURS])
+        )
         text += [
             "",
-            f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets; "
-            f"beginning with them, it beats the best of them at {improved} of {len(averages)}.",
+            f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets. "
+            f"Beginning with them, it improves on {sum(warm[a] < value for a, value in points)} of their "
+            f"{len(points)} points: on the best of the published ones at {published} of {len(averages)} budgets, and on the best of all, with "
+            f"`{_OURS}`, which is ours, at {best}.",
         ]
     return "\n".join([*text, ""])
 
