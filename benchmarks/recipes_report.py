@@ -132,8 +132,8 @@ def divergences(found: dict[str, Any]) -> str:
             "",
             f"By {words}, the search beats {', '.join(beaten)} of the {len(recipes)} recipes at these budgets. "
             f"Beginning with them, it improves on {sum(warm[a] < value for a, value in points)} of their "
-            f"{len(points)} points: on the best of the published ones at {published} of {len(averages)} budgets, and on the best of all, with "
-            f"`{_OURS}`, which is ours, at {best}.",
+            f"{len(points)} points: on the best of the published ones at {published} of {len(averages)} budgets, and "
+            f"on the best of all, with `{_OURS}`, which is ours, at {best}.",
         ]
     return "\n".join([*text, ""])
 

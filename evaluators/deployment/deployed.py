@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from archfront.errors import ArchfrontError
 from archfront.evaluators.compression.compressible import Compressible, judged_outputs
 from archfront.evaluators.datasets.dataset import SplitName
 from archfront.evaluators.deployment.int8_files import file_layers, write_dynamic, write_static
@@ -29,6 +30,10 @@ from archfront.spaces.policies.quantised import bake, input_bits, weight_quantis
 from archfront.spaces.policies.quantiser import ActivationQuantiser
 
 Form = Literal["float", "static", "static-channels-last", "dynamic", "torch-static", "torch-dynamic"]
+
+
+class AllFloatError(ArchfrontError):
+    """A file in int8 was asked for of a policy that leaves everything in float."""
 
 
 class FileBackend(NamedTuple):
@@ -102,7 +107,7 @@ class Deployment:
         Raises:
             MissingExtraError: onnx, onnxruntime or torchao is not installed.
             LayerNotFoundError: a layer of the policy is none in the file.
-            ValueError: the policy has no layer for int8.
+            AllFloatError: the policy has no layer for int8.
         """
         if form not in self._files:
             path = self._folder / f"{self._name}-{form}{_SUFFIXES.get(form, '.onnx')}"
@@ -114,7 +119,7 @@ class Deployment:
         batches = self._network.calibration
         if form != "float" and not self._in_int8(form):
             kind = "linear layer" if form in _OF_LINEAR_LAYERS else "layer"
-            raise ValueError(f"the policy has no {kind} of 8 bits or fewer in weights and inputs")
+            raise AllFloatError(f"not run: the policy has no {kind} of 8 bits or fewer in weights and inputs")
         if form == "float":
             export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
         elif form in ("static", "static-channels-last"):
@@ -230,7 +235,8 @@ def deployed_items(
             if (key, item["backend"]) not in known:
                 known[key, item["backend"]] = made[key].facts(backend, threads)
         except Exception as error:  # of one network on one backend; the others are measured
-            to_measure.append({"problem": f"{type(error).__name__}: {error}", "batch": item.get("batch", 1)})
+            words = str(error) if isinstance(error, ArchfrontError) else f"{type(error).__name__}: {error}"
+            to_measure.append({"problem": words, "batch": item.get("batch", 1)})
             facts.append({})
             continue
         file = {"file": str(place), "runtime": backend.runtime, "batch": item.get("batch", 1), **given}

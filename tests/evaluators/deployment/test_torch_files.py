@@ -21,7 +21,13 @@ from archfront.cli.benching import served_backends
 from archfront.errors import MissingExtraError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.deployment import torch_int8_files
-from archfront.evaluators.deployment.deployed import FILE_BACKENDS, Deployment, deployed_items, int8_layers
+from archfront.evaluators.deployment.deployed import (
+    FILE_BACKENDS,
+    AllFloatError,
+    Deployment,
+    deployed_items,
+    int8_layers,
+)
 from archfront.evaluators.deployment.int8_files import LayerNotFoundError
 from archfront.evaluators.deployment.torch_int8_files import nearest_scales, write_pt2e, write_torchscript
 from archfront.evaluators.latency.measurement import Settings, measured_elsewhere
@@ -256,7 +262,7 @@ def test_policies_without_linear_layers_in_int8_are_refused(tmp_path: Path) -> N
     last: Any = network.space.sites[-1].module
     made = deployment(network, policy_of(network, 8, {last: 32}), tmp_path)
     for form in ("dynamic", "torch-dynamic"):
-        with pytest.raises(ValueError, match="no linear layer of 8 bits or fewer"):
+        with pytest.raises(AllFloatError, match="no linear layer of 8 bits or fewer"):
             made.file(form)  # type: ignore[arg-type]
 
 
