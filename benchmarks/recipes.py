@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
     parser.add_argument("--draws", type=int, default=2, help="random scores for each recipe and budget")
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for weights and searches")
-    parser.add_argument("--recipes", nargs="+", help="these alone, and the searches: other rows stay as they were")
+    parser.add_argument("--recipes", nargs="*", help="these alone, and the searches: other rows stay as they were")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--workers", type=int, default=2, help="of the searches")
     parser.add_argument("--json", type=Path)
@@ -316,11 +316,11 @@ def main() -> None:
     trial = Trial(options.model, study, options.work, path, options.quick)
     trial.workers = options.workers
     print(f"{options.model}: {trial.accuracies}", flush=True)
-    if options.recipes and path.exists():
+    if options.recipes is not None and path.exists():
         trial.keep(json.loads(path.read_text())["rows"], options.recipes)
     else:
         trial.baselines(6)
-    for name in options.recipes or study.recipes:
+    for name in study.recipes if options.recipes is None else options.recipes:
         trial.recipe(name, options.draws)
     trial.search("search", [], study.evaluations)
     trial.search("search from the recipes", trial.found, study.evaluations)

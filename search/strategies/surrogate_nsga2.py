@@ -8,6 +8,7 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import Field
+from threadpoolctl import threadpool_limits
 
 from archfront.search.strategies.additive import Decisions, supported
 from archfront.search.strategies.nsga2 import NSGA2
@@ -29,6 +30,9 @@ _DRAWS = 8
 
 _MOST_PRICES = 1500
 """Choices of all decisions up to which they are priced: what that costs grows with their third power."""
+
+_REMEMBERED = 8
+"""Choices of earlier asks, for they are a function of what they were made from."""
 
 _GROWTH, _ENOUGH = 1.3, 400
 """Kernels are chosen anew whenever there are so many times more evaluations, until there are enough."""
@@ -90,6 +94,7 @@ class SurrogateNSGA2(NSGA2):
         self.generations = generations
         self._known: list[Members] = []
         self._foresight: _Foresight | None = None
+        self._choices: dict[tuple[bytes, bytes, bool], Choice] = {}
         self._decisions: Decisions | None = None
         columns = self.space.columns if isinstance(self.space, ColumnSpace) else ()
         if 0 < sum(len(column.choices) for column in columns) <= _MOST_PRICES:
@@ -154,7 +159,9 @@ class SurrogateNSGA2(NSGA2):
             for fidelity in np.unique(known.fidelities)[::-1]:
                 rows = np.flatnonzero(whole & (known.fidelities == fidelity))
                 if len(rows) >= _FEWEST:
-                    self._foresight = self._fitted(_best_and_newest(known.take(rows)))
+                    # Its matrices are small: a second thread costs more than it computes, the more so beside workers.
+                    with threadpool_limits(1):
+                        self._foresight = self._fitted(_best_and_newest(known.take(rows)))
                     break
         return self._foresight
 
@@ -165,8 +172,12 @@ class SurrogateNSGA2(NSGA2):
         first = int(_FEWEST * _GROWTH**steps)
 
         def surrogate(values: Floats, *, plain: bool = False) -> Surrogate:
-            chosen: Choice = Surrogate(rows.first(first), values[:first], plain=plain, decisions=self._decisions).choice
-            return Surrogate(rows, values, chosen, plain=plain, decisions=self._decisions)
+            some = rows.first(first)
+            key = (some.features.tobytes(), values[:first].tobytes(), plain)
+            if key not in self._choices:
+                made = Surrogate(some, values[:first], plain=plain, decisions=self._decisions)
+                self._choices = {**dict(list(self._choices.items())[-_REMEMBERED:]), key: made.choice}
+            return Surrogate(rows, values, self._choices[key], plain=plain, decisions=self._decisions)
 
         rest = known.violations - self.problem.excess(known.objectives)
         rest[rest < _ROUNDING] = 0.0
