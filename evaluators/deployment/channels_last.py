@@ -1,7 +1,7 @@
 """Int8 files of ONNX Runtime whose convolutions keep channels last.
 
 Its int8 convolution wants channels last, and so the runtime turns each one's input and output around. Between two
-convolutions these turns cancel, but at a sum they stay: a sixth of an int8 ResNet-20. Here convolutions and the sums
+convolutions these turns cancel, but at a sum they stay. Here convolutions and the sums
 between them become the runtime's own operators of quantised tensors with channels last, and only what other operators
 read is turned.
 """
