@@ -28,6 +28,7 @@ from recipes_report import plot
 from safetensors.torch import save_file
 
 import archfront
+from archfront.db.queries import evaluation_rows
 from archfront.evaluators.compression.compressible import Compressible, Judged
 from archfront.evaluators.compression.fine_tuning import FineTuning
 from archfront.evaluators.compression.recovery.registry import RECOVERIES
@@ -267,8 +268,8 @@ class Trial:
         print(f"  {name}: {time.perf_counter() - begun:,.0f} s", flush=True)
 
     def search(self, kind: str, seeds: Sequence[Any], evaluations: int) -> None:
-        """A search over all policies by divergence on validation data; of the eight best for a budget, the one that
-        diverges least on more of it."""
+        """A search over all policies by divergence on some validation data; of the sixteen best for a budget, the one
+        that diverges least on all of it."""
         unique = [json.loads(text) for text in dict.fromkeys(map(json.dumps, seeds))]
         db = self.work / f"{self.name}-{kind.replace(' ', '-')}.db"
         for old in self.work.glob(f"{db.name}*"):
@@ -284,12 +285,14 @@ class Trial:
             "budget": {"evaluations": evaluations}, "workers": {"executor": "process", "count": self.workers},
         }  # fmt: skip
         job = archfront.run(spec, db=db)
+        with job.ledger.engine.connect() as connection:
+            done = [row for row in evaluation_rows(connection, job.id, range(evaluations)) if row["metrics"]]
+        done.sort(key=lambda row: row["metrics"]["divergence"])
         for average, budget in self.budgets.items():
-            rows = job.front(where=f"model_mb <= {budget * (1 + 1e-9)}").to_pandas()
-            if not len(rows):
+            best = [row["genotype"] for row in done if row["metrics"]["model_mb"] <= budget * (1 + 1e-9)][:16]
+            if not best:
                 continue
-            best = rows.nsmallest(8, "divergence")["genotype"].tolist()
-            judged = self.network.judged("validation", [self.space.variant(g) for g in best], 4 * self.study.validation)
+            judged = self.network.judged("validation", [self.space.variant(genotype) for genotype in best], None)
             chosen = best[int(np.argmin([one.divergence for one in judged]))]
             self.add(kind, average, [chosen], genotype=chosen)
 

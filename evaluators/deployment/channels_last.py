@@ -32,6 +32,11 @@ class _Codes:
     def inputs(self) -> tuple[str, str, str]:
         return self.name, self.scale, self.zero
 
+    @property
+    def turned(self) -> str:
+        """The same with channels last."""
+        return f"{self.name}_channels_last"
+
 
 class _Graph:
     """What nodes and initializers of a file are to each other."""
@@ -75,55 +80,79 @@ def use_channels_last(model: Any) -> int:
     Returns:
         How many convolutions keep channels last.
     """
-    from onnx import helper
-
     known = _Graph(model)
-    turned: dict[str, str] = {}
-    nodes: list[Any] = []
-    convolutions = 0
-
-    def last(name: str) -> str:
-        """A tensor of codes with channels last."""
-        if name not in turned:
-            turned[name] = f"{name}_channels_last"
-            nodes.append(helper.make_node("Transpose", [name], [turned[name]], perm=_LAST))
-        return turned[name]
-
+    written = _Rewriting(known)
     for node in known.graph.node:
-        found = _quantised(known, node)
-        if found is not None and found[0].op_type == "Add":
-            # A sum needs no order of its own: it follows its operands.
-            left, right = (known.codes(name) for name in found[0].input)
-            if left is None or right is None or not {left.name, right.name} <= turned.keys():
-                found = None
+        written.take(node)
+    if written.convolutions:
+        _replace(model, written.nodes)
+    return written.convolutions
+
+
+class _Rewriting:
+    """The nodes of a file as they are written anew, in order.
+
+    Attributes:
+        turned: names of codes that stand there with channels last too.
+    """
+
+    def __init__(self, known: _Graph) -> None:
+        self.known, self.turned = known, set[str]()
+        self.nodes: list[Any] = []
+        self.convolutions = 0
+
+    def take(self, node: Any) -> None:
+        found = _quantised(self.known, node)
         if found is None:
-            nodes.append(node)
-            continue
-        main, codes = found
-        output = f"{codes.name}_channels_last"
-        if main.op_type == "Conv":
-            convolutions += 1
-            given, weight = known.codes(main.input[0]), known.codes(main.input[1])
-            assert given is not None
-            assert weight is not None
-            inputs = [last(given.name), given.scale, given.zero, *weight.inputs, codes.scale, codes.zero]
-            if len(main.input) > 2:
-                inputs.append(known.makers[main.input[2]].input[0])
-            made = helper.make_node("QLinearConv", inputs, [output], main.name, domain=_DOMAIN, channels_last=1)
-            made.attribute.extend(a for a in main.attribute if a.name != "auto_pad")
+            self.nodes.append(node)
+        elif found[0].op_type == "Conv":
+            self.convolutions += 1
+            self._give(self._convolution(*found), found[1])
+        elif (made := self._sum(*found)) is not None:
+            self._give(made, found[1])
         else:
-            assert left is not None
-            assert right is not None
-            inputs = [turned[left.name], left.scale, left.zero, turned[right.name], right.scale, right.zero]
-            made = helper.make_node(
-                "QLinearAdd", [*inputs, codes.scale, codes.zero], [output], main.name, domain=_DOMAIN
-            )
-        turned[codes.name] = output
-        # What nobody reads in the former order goes again below.
-        nodes += [made, helper.make_node("Transpose", [output], [codes.name], perm=_FIRST)]
-    if convolutions:
-        _replace(model, nodes)
-    return convolutions
+            self.nodes.append(node)
+
+    def _convolution(self, node: Any, codes: _Codes) -> Any:
+        from onnx import helper
+
+        given, weight = self.known.codes(node.input[0]), self.known.codes(node.input[1])
+        assert given is not None
+        assert weight is not None
+        inputs = [self._last(given), given.scale, given.zero, *weight.inputs, codes.scale, codes.zero]
+        if len(node.input) > 2:
+            inputs.append(self.known.makers[node.input[2]].input[0])
+        made = helper.make_node("QLinearConv", inputs, [codes.turned], node.name, domain=_DOMAIN, channels_last=1)
+        made.attribute.extend(a for a in node.attribute if a.name != "auto_pad")
+        return made
+
+    def _sum(self, node: Any, codes: _Codes) -> Any | None:
+        """None where an operand has channels first: a sum needs no order of its own and follows its operands."""
+        from onnx import helper
+
+        inputs: list[str] = []
+        for operand in map(self.known.codes, node.input):
+            if operand is None or operand.name not in self.turned:
+                return None
+            inputs += [operand.turned, operand.scale, operand.zero]
+        return helper.make_node(
+            "QLinearAdd", [*inputs, codes.scale, codes.zero], [codes.turned], node.name, domain=_DOMAIN
+        )
+
+    def _give(self, made: Any, codes: _Codes) -> None:
+        from onnx import helper
+
+        self.turned.add(codes.name)
+        # What nobody reads in the former order goes again in ``_replace``.
+        self.nodes += [made, helper.make_node("Transpose", [codes.turned], [codes.name], perm=_FIRST)]
+
+    def _last(self, codes: _Codes) -> str:
+        from onnx import helper
+
+        if codes.name not in self.turned:
+            self.turned.add(codes.name)
+            self.nodes.append(helper.make_node("Transpose", [codes.name], [codes.turned], perm=_LAST))
+        return codes.turned
 
 
 def _quantised(known: _Graph, node: Any) -> tuple[Any, _Codes] | None:
