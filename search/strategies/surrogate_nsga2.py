@@ -4,6 +4,7 @@ Framework for Accelerating Neural Architecture Search Across Modalities", 2022) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Annotated
 
 import numpy as np
@@ -94,7 +95,7 @@ class SurrogateNSGA2(NSGA2):
         self.generations = generations
         self._known: list[Members] = []
         self._foresight: _Foresight | None = None
-        self._choices: dict[tuple[bytes, bytes, bool], Choice] = {}
+        self._choices: dict[bytes, Choice] = {}
         self._decisions: Decisions | None = None
         columns = self.space.columns if isinstance(self.space, ColumnSpace) else ()
         if 0 < sum(len(column.choices) for column in columns) <= _MOST_PRICES:
@@ -173,7 +174,7 @@ class SurrogateNSGA2(NSGA2):
 
         def surrogate(values: Floats, *, plain: bool = False) -> Surrogate:
             some = rows.first(first)
-            key = (some.features.tobytes(), values[:first].tobytes(), plain)
+            key = sha256(some.features.tobytes() + values[:first].tobytes() + bytes([plain])).digest()
             if key not in self._choices:
                 made = Surrogate(some, values[:first], plain=plain, decisions=self._decisions)
                 self._choices = {**dict(list(self._choices.items())[-_REMEMBERED:]), key: made.choice}

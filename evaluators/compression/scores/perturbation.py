@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -46,6 +47,19 @@ class Outliers(Score):
         return found
 
 
+@dataclass(frozen=True)
+class Trace:
+    """An estimate, and its standard error over the vectors (0 of a single one)."""
+
+    mean: float
+    error: float
+
+    @property
+    def at_least(self) -> float:
+        """What a layer's damage goes by: none is harmless by chance."""
+        return max(self.mean, self.error, 0.0)
+
+
 class Hessian(Score):
     """Mean curvature of the loss at a site's weights times the squared norm of their change.
 
@@ -69,20 +83,18 @@ class Hessian(Score):
 
     def measure(self, subject: Subject) -> list[Vector]:
         sites = weight_sites(subject)
-        means, errors = self.estimates(subject)
-        traces = {path: max(means[path], errors[path], 0.0) for path in means}
+        traces = self.traces(subject)
         return [
             _each(
                 site,
-                lambda change, site=site: traces[site.module] * float(change.square().sum()) / change.numel(),
+                lambda change, site=site: traces[site.module].at_least * float(change.square().sum()) / change.numel(),
                 subject,
             )
             for site in sites
         ]
 
-    def estimates(self, subject: Subject) -> tuple[dict[str, float], dict[str, float]]:
-        """Path -> trace of the Hessian of the mean loss with respect to its weight, and its standard error over the
-        vectors (0 of a single one)."""
+    def traces(self, subject: Subject) -> dict[str, Trace]:
+        """Path -> trace of the Hessian of the mean loss with respect to its weight."""
         paths = [site.module for site in weight_sites(subject)]
         weights = [_parameter(subject, path) for path in paths]
         generator = torch.Generator().manual_seed(subject.seed)
@@ -101,8 +113,9 @@ class Hessian(Score):
                     sums[draw] += torch.tensor(found, dtype=torch.float64) * len(batch)
                 images += len(batch)
         each = sums / images
-        error = each.std(dim=0) / self.draws**0.5 if self.draws > 1 else torch.zeros(len(paths))
-        return dict(zip(paths, each.mean(dim=0).tolist(), strict=True)), dict(zip(paths, error.tolist(), strict=True))
+        errors = each.std(dim=0) / self.draws**0.5 if self.draws > 1 else torch.zeros(len(paths))
+        estimates = map(Trace, each.mean(dim=0).tolist(), errors.tolist())
+        return dict(zip(paths, estimates, strict=True))
 
 
 class Taylor(Score):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from archfront.errors import InputError
 from archfront.evaluators.compression.compressible import Compressible
 from archfront.evaluators.compression.scores.distortion import Distortion
-from archfront.evaluators.compression.scores.perturbation import Hessian, Outliers, Taylor, ZerothOrder
+from archfront.evaluators.compression.scores.perturbation import Hessian, Outliers, Taylor, Trace, ZerothOrder
 from archfront.evaluators.compression.scores.registry import SCORES
 from archfront.evaluators.compression.scores.score import Score, Subject
 
@@ -148,9 +148,9 @@ def exact_hessians(subject: Subject) -> dict[str, Tensor]:
 
 def test_hutchinson_is_the_exact_trace(toy: Subject) -> None:
     exact = {path: float(hessian.trace()) for path, hessian in exact_hessians(toy).items()}
-    traces, errors = Hessian(draws=3000).estimates(toy)
-    assert traces == pytest.approx(exact, rel=0.05)
-    assert all(abs(traces[path] - exact[path]) < 4 * errors[path] for path in exact)
+    traces = Hessian(draws=3000).traces(toy)
+    assert {path: trace.mean for path, trace in traces.items()} == pytest.approx(exact, rel=0.05)
+    assert all(abs(trace.mean - exact[path]) < 4 * trace.error for path, trace in traces.items())
     damage = Hessian(draws=3000).measure(toy)
     weight = toy.network.model.get_submodule("head").weight
     assert isinstance(weight, Tensor)
@@ -161,11 +161,10 @@ def test_hutchinson_is_the_exact_trace(toy: Subject) -> None:
 def test_no_layer_is_harmless_by_chance(toy: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose trace is found to be negative has the damage of its standard error."""
     score = Hessian(draws=8)
-    means, errors = score.estimates(toy)
+    traces = score.traces(toy)
     damage = score.measure(toy)
-    monkeypatch.setattr(
-        Hessian, "estimates", lambda *_: ({**means, "head": -1.0}, {**errors, "head": 0.5 * means["head"]})
-    )
+    doubtful = Trace(-1.0, 0.5 * traces["head"].mean)
+    monkeypatch.setattr(Hessian, "traces", lambda *_: {**traces, "head": doubtful})
     assert score.measure(toy)[1] == pytest.approx(damage[1] / 2)
     assert score.measure(toy)[0] == pytest.approx(damage[0])
 
