@@ -67,7 +67,7 @@ class Network:
     judged: int
 
 
-FBNET = {"name": "fbnet", "resolution": 64, "classes": 10}
+FBNET = {"name": "fbnet", "resolution": 128, "classes": 10}
 """The paper's, for smaller pictures."""
 
 NETWORKS = {
@@ -83,7 +83,7 @@ NETWORKS = {
 RESNET = {
     "name": "cifar-resnet", "depth": 20, "normalisation": "imagenet", "weights": "checkpoints/resnet20-12fca82f.th"
 }  # fmt: skip
-SETTINGS = Settings(rounds=60, sample_ms=2.0)
+SETTINGS = Settings(rounds=60)
 COLUMNS = ["network", "policy", "backend", "ms", "times as fast", "points lost, test", "packed MiB"]
 
 

@@ -1,9 +1,9 @@
 """Int8 files of ONNX Runtime whose convolutions keep channels last.
 
 Its int8 convolution wants channels last, and so the runtime turns each one's input and output around. Between two
-convolutions these turns cancel, but at a sum they stay. Here convolutions and the sums
-between them become the runtime's own operators of quantised tensors with channels last, and only what other operators
-read is turned.
+convolutions these turns cancel, but at a sum they stay. Here convolutions, the sums between them and means over all
+places become the runtime's own operators of quantised tensors with channels last, and only what other operators read is
+turned.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class _Graph:
 
 
 def use_channels_last(model: Any) -> int:
-    """Rewrite a file of ``quantize_static`` in the format QDQ, in place: it computes the same.
+    """Rewrite a file of ``quantize_static`` in the format QDQ, in place.
+
+    It computes the same, but that means are rounded to codes from sums of integers, of which none is rounded before.
 
     Returns:
         How many convolutions keep channels last.
@@ -108,10 +110,18 @@ class _Rewriting:
         elif found[0].op_type == "Conv":
             self.convolutions += 1
             self._give(self._convolution(*found), found[1])
-        elif (made := self._sum(*found)) is not None:
-            self._give(made, found[1])
-        else:
+        elif not all(operand.name in self.turned for operand in self._operands(found[0])):
+            # Neither needs an order of its own: they follow what they read.
             self.nodes.append(node)
+        elif found[0].op_type == "Add":
+            self._give(self._sum(*found), found[1])
+        else:
+            self._give(self._mean(*found), found[1], flat=not _keeps_places(found[0]))
+
+    def _operands(self, node: Any) -> list[_Codes]:
+        """What a sum or a mean reads."""
+        inputs = node.input if node.op_type == "Add" else node.input[:1]
+        return [codes for codes in map(self.known.codes, inputs) if codes is not None]
 
     def _convolution(self, node: Any, codes: _Codes) -> Any:
         from onnx import helper
@@ -126,25 +136,37 @@ class _Rewriting:
         made.attribute.extend(a for a in node.attribute if a.name != "auto_pad")
         return made
 
-    def _sum(self, node: Any, codes: _Codes) -> Any | None:
-        """None where an operand has channels first: a sum needs no order of its own and follows its operands."""
+    def _sum(self, node: Any, codes: _Codes) -> Any:
         from onnx import helper
 
-        inputs: list[str] = []
-        for operand in map(self.known.codes, node.input):
-            if operand is None or operand.name not in self.turned:
-                return None
-            inputs += [operand.turned, operand.scale, operand.zero]
+        inputs = [name for one in self._operands(node) for name in (one.turned, one.scale, one.zero)]
         return helper.make_node(
             "QLinearAdd", [*inputs, codes.scale, codes.zero], [codes.turned], node.name, domain=_DOMAIN
         )
 
-    def _give(self, made: Any, codes: _Codes) -> None:
+    def _mean(self, node: Any, codes: _Codes) -> Any:
         from onnx import helper
 
-        self.turned.add(codes.name)
-        # What nobody reads in the former order goes again in ``_replace``.
-        self.nodes += [made, helper.make_node("Transpose", [codes.turned], [codes.name], perm=_FIRST)]
+        [read] = self._operands(node)
+        inputs = [read.turned, read.scale, read.zero, codes.scale, codes.zero]
+        return helper.make_node(
+            "QLinearGlobalAveragePool", inputs, [codes.turned], node.name, domain=_DOMAIN, channels_last=1
+        )
+
+    def _give(self, made: Any, codes: _Codes, *, flat: bool = False) -> None:
+        """Take a node's codes, also in the former order: what nobody reads goes again in ``_replace``.
+
+        Args:
+            flat: the former had no places.
+        """
+        from onnx import helper
+
+        if flat:
+            former = helper.make_node("Flatten", [codes.turned], [codes.name], axis=1)
+        else:
+            self.turned.add(codes.name)
+            former = helper.make_node("Transpose", [codes.turned], [codes.name], perm=_FIRST)
+        self.nodes += [made, former]
 
     def _last(self, codes: _Codes) -> str:
         from onnx import helper
@@ -156,7 +178,7 @@ class _Rewriting:
 
 
 def _quantised(known: _Graph, node: Any) -> tuple[Any, _Codes] | None:
-    """The convolution or sum whose codes a node gives, and these; None where there is none of codes alone."""
+    """The convolution, sum or mean whose codes a node gives, and these; None where there is none of codes alone."""
     if node.op_type != "QuantizeLinear" or len(node.input) < 3:
         return None
     codes = _Codes(node.output[0], node.input[1], node.input[2])
@@ -168,7 +190,7 @@ def _quantised(known: _Graph, node: Any) -> tuple[Any, _Codes] | None:
         if not _holds(known, main, float(scale), int(zero)):
             return None
         main = known.lone_maker(main.input[0])
-    if main is None or not (_is_convolution(known, main) or _is_sum(known, main)):
+    if main is None or not any(fits(known, main) for fits in (_is_convolution, _is_sum, _is_mean)):
         return None
     return main, codes
 
@@ -210,6 +232,27 @@ def _is_sum(known: _Graph, node: Any) -> bool:
         return False
     shapes = [known.shapes.get(name) for name in node.input]
     return shapes[0] is not None and shapes[0] == shapes[1] and all(known.codes(name) for name in node.input)
+
+
+def _is_mean(known: _Graph, node: Any) -> bool:
+    """Over height and width of quantised planes."""
+    if node.op_type not in ("GlobalAveragePool", "ReduceMean"):
+        return False
+    read = known.codes(node.input[0])
+    if read is None or known.array(read.zero).dtype != np.uint8 or known.array(read.scale).size != 1:
+        return False
+    if len(known.shapes.get(node.input[0], ())) != 4:
+        return False
+    if node.op_type == "GlobalAveragePool":
+        return True
+    axes = [a.ints for a in node.attribute if a.name == "axes"]
+    if len(node.input) > 1:
+        axes = [known.array(node.input[1]).tolist()] if node.input[1] in known.constants else []
+    return len(axes) == 1 and {axis % 4 for axis in axes[0]} == {2, 3}
+
+
+def _keeps_places(node: Any) -> bool:
+    return node.op_type == "GlobalAveragePool" or all(a.i for a in node.attribute if a.name == "keepdims")
 
 
 def _replace(model: Any, nodes: Sequence[Any]) -> None:

@@ -100,6 +100,7 @@ class Deployment:
         self._student, self._ranges = student, int8_layers(student)
         self._plain = bake(without_input_quantisers(copy.deepcopy(student))).eval()
         self._files: dict[Form, Path] = {}
+        self._int8: dict[Form, list[str]] = {}
 
     def file(self, form: Form) -> Path:
         """The file, made when it is first asked for.
@@ -111,33 +112,31 @@ class Deployment:
         """
         if form not in self._files:
             path = self._folder / f"{self._name}-{form}{_SUFFIXES.get(form, '.onnx')}"
-            self._write(form, path)
+            self._int8[form] = self._write(form, path)
             self._files[form] = path
         return self._files[form]
 
-    def _write(self, form: Form, path: Path) -> None:
+    def _write(self, form: Form, path: Path) -> list[str]:
+        """Paths of the layers that the file has in int8."""
         batches = self._network.calibration
-        if form != "float" and not self._in_int8(form):
-            kind = "linear layer" if form in _OF_LINEAR_LAYERS else "layer"
-            raise AllFloatError(f"not run: the policy has no {kind} of 8 bits or fewer in weights and inputs")
+        linear = form in _OF_LINEAR_LAYERS
+        paths = [p for p in self._ranges if not linear or isinstance(self._plain.get_submodule(p), nn.Linear)]
         if form == "float":
             export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
-        elif form in ("static", "static-channels-last"):
+            return []
+        if not paths:
+            kind = "linear layer" if linear else "layer"
+            raise AllFloatError(f"not run: the policy has no {kind} of 8 bits or fewer in weights and inputs")
+        if form in ("static", "static-channels-last"):
             given = [batch.numpy() for batch in batches]
-            write_static(self.file("float"), path, given, self._ranges, channels_last=form != "static")
-        elif form == "dynamic":
-            write_dynamic(self.file("float"), path, self._in_int8(form))
+            return write_static(self.file("float"), path, given, self._ranges, channels_last=form != "static")
+        if form == "dynamic":
+            write_dynamic(self.file("float"), path, paths)
         elif form == "torch-static":
             write_pt2e(self._plain, path, batches, self._ranges)
         else:
-            write_torchscript(self._plain, path, batches[0][:2], self._in_int8(form))
-
-    def _in_int8(self, form: Form) -> list[str]:
-        """Paths of the layers that a file has in int8."""
-        if form == "float":
-            return []
-        linear = form in _OF_LINEAR_LAYERS
-        return [p for p in self._ranges if not linear or isinstance(self._plain.get_submodule(p), nn.Linear)]
+            write_torchscript(self._plain, path, batches[0][:2], paths)
+        return paths
 
     def facts(self, backend: FileBackend, threads: int) -> dict[str, Any]:
         """Of a file: its bytes, how many layers are in int8, and how accurate it is on validation and test data,
@@ -145,7 +144,7 @@ class Deployment:
         path = self.file(backend.form)
         found: dict[str, Any] = {
             "file_bytes": sum(file.stat().st_size for file in self._folder.glob(f"{path.name}*")),
-            "int8_layers": len(self._in_int8(backend.form)),
+            "int8_layers": len(self._int8[backend.form]),
         }
         parts = judged_parts(self._network)
         most = max(len(batch) for batches, _, _ in parts.values() for batch in batches)

@@ -32,6 +32,10 @@ _PASSING = (
 )
 """Operators that stay in int8 between convolutions, where all that they read is in int8 already."""
 
+_FEW_CHANNELS = 4
+"""ONNX Runtime gathers what an int8 convolution reads in pieces of so many bytes: of an image's channels that takes
+longer than the whole convolution in float."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -55,14 +59,18 @@ def write_static(
     ranges: Mapping[str, tuple[float, float] | None],
     *,
     channels_last: bool = False,
-) -> None:
+) -> list[str]:
     """Weights and activations of layers in int8, in ranges that are fixed.
 
     Args:
         source: a file of ``export_onnx``.
         batches: that other ranges are observed on: of sums and pools between convolutions, and where none is given.
         ranges: path of each layer that shall compute in int8 -> lowest and highest of what it reads.
-        channels_last: in operators of ONNX Runtime's own (``channels_last``), else in ONNX's alone.
+        channels_last: in operators of ONNX Runtime's own (``channels_last``), else in ONNX's alone. Convolutions that
+            it computes faster in float then stay so, unless there are no other layers.
+
+    Returns:
+        Paths of the layers that are in int8.
 
     Raises:
         LayerNotFoundError: a layer has no operator.
@@ -72,6 +80,9 @@ def write_static(
 
     model = onnx.load(str(source))
     nodes = _found_nodes(model.graph, list(ranges))
+    if channels_last:
+        faster = {path: found for path, found in nodes.items() if not _reads_few_channels(model.graph, found)}
+        nodes = faster or nodes
     name = model.graph.input[0].name
     overrides: dict[str, list[dict[str, Any]]] = {}
     for path, found in nodes.items():
@@ -103,6 +114,7 @@ def write_static(
         written = onnx.load(str(target))
         use_channels_last(written)
         onnx.save(written, str(target))
+    return list(nodes)
 
 
 def write_dynamic(source: Path, target: Path, paths: Sequence[str]) -> None:
@@ -169,6 +181,17 @@ def _found_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
         if not nodes:
             raise LayerNotFoundError(f"Layer {path!r} has no operator of its own in the exported network.")
     return found
+
+
+def _reads_few_channels(graph: Any, nodes: Sequence[Any]) -> bool:
+    """Whether a layer is a convolution of whole images, not depthwise."""
+    shapes = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
+    return all(
+        node.op_type == "Conv"
+        and shapes[node.input[1]][1] <= _FEW_CHANNELS
+        and all(a.i == 1 for a in node.attribute if a.name == "group")
+        for node in nodes
+    )
 
 
 def _between(graph: Any, chosen: Sequence[Any]) -> list[Any]:

@@ -31,7 +31,7 @@ NETWORKS_S = 45.0
 PROCESSES = 2
 _POOL = 400
 _INT8 = 8
-_SETTINGS = Settings(rounds=40, sample_ms=2.0)
+_SETTINGS = Settings(rounds=40)
 _TIMEOUT_S = 900.0
 
 

@@ -56,6 +56,8 @@ class Settings:
     Attributes:
         rounds: samples of each item.
         sample_ms: a sample repeats the call until it lasts about so long, and is the mean of its calls.
+        lead: calls before each sample that are not counted, as a share of its own, but one at least: they pay for what
+            the item before left in the caches.
         warmup_ms: least warm-up of an item.
         stable: warm-up goes on until two successive samples differ by at most this share, ...
         warmup_limit_ms: ... or until it took so long.
@@ -64,7 +66,8 @@ class Settings:
     """
 
     rounds: int = 30
-    sample_ms: float = 1.0
+    sample_ms: float = 2.0
+    lead: float = 0.5
     warmup_ms: float = 20.0
     stable: float = 0.1
     warmup_limit_ms: float = 500.0
@@ -153,8 +156,8 @@ def measure(
     try:
         for _ in range(settings.rounds):
             for i in rng.permutation(list(calls)).tolist():
-                # The first call after another item pays for what that one left in the caches.
-                functions[i]()
+                for _ in range(max(1, round(calls[i] * settings.lead))):
+                    functions[i]()
                 samples[i].append(_sample(functions[i], calls[i]))
                 if probe is not None:
                     probes.append(probe())
@@ -333,8 +336,9 @@ def quiet_elsewhere(
 
 def affordable(ms: float, settings: Settings, *, seconds: float, least: int, most: int) -> int:
     """How many items of this latency a process measures in so many seconds, between the least and the most."""
-    # Each sample comes after one call that is not counted.
-    each_s = settings.rounds * (ms + max(ms, settings.sample_ms)) / 1e3 + _START_S
+    each_s = (
+        settings.rounds * (max(ms, settings.lead * settings.sample_ms) + max(ms, settings.sample_ms)) / 1e3 + _START_S
+    )
     return int(np.clip(seconds / each_s, least, most))
 
 
