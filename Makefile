@@ -38,9 +38,9 @@ test-all: venv
 test-cluster: venv
 	$(BIN)/pytest -q -m "slow and not soak and not kernels" --durations=20 tests/cluster
 
-# Every setting of every kernel, compiled for three GPUs without one: about half an hour.
+# Every setting of every kernel, compiled for three GPUs without one: up to an hour.
 kernels: venv
-	$(BIN)/pytest -q -m kernels tests/kernels
+	$(BIN)/pytest -v -m kernels tests/kernels --durations=15 --numprocesses 2 --dist worksteal
 
 soak: venv
 	$(BIN)/pytest -q -m soak -s tests

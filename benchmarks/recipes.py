@@ -87,7 +87,7 @@ STUDIES = {
         {"name": "cifar10"}, ("conv1", "linear"), 1, 1000, 300, 600, _SOME, (3.5, 4, 5), images=128, tuned_on=15_000,
     ),
     "vit": Study(
-        {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 4000, 1000, 1500,
+        {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 10_000, 1000, 1500,
         (*_ALL, "lrp-qvit"),
         training=Training(optimizer="adamw", learning_rate=0.002, batch=128, augmentation="shift"),
     ),
