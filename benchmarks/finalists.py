@@ -77,7 +77,7 @@ NETWORKS = {
     ),
     "fbnet": Network(
         {"name": "network", "space": FBNET, "genotype": ["k3_e6"] * 22}, {"name": "cifar10"},
-        Recipe(optimizer="sgd", learning_rate=0.1, batch=128), 12_000, 2, 400,
+        Recipe(optimizer="sgd", learning_rate=0.1, batch=128), 12_000, 2, 100,
     ),
 }  # fmt: skip
 RESNET = {

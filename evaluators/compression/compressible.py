@@ -26,6 +26,9 @@ from archfront.spaces.policies.policy_space import Policies, Variant
 _MODELS_KEPT = 256
 """Compressed networks that are kept while batch after batch passes through them."""
 
+JUDGED_TOGETHER = 64
+"""Samples that pass at once where policies are judged: what lies between two layers then stays in the caches."""
+
 
 Tune = Callable[[nn.Module], nn.Module]
 
@@ -58,7 +61,7 @@ class Compressible:
         space: of its policies.
         data: to judge and to calibrate on.
         calibration: samples of the training part.
-        batch: samples that pass at once.
+        batch: samples of calibration that pass at once; of what is judged at most ``JUDGED_TOGETHER``.
         recovery: steps that each compressed network goes through.
         fine_tuning: that each compressed network gets, and the network itself before it is compared with them.
         reference: fine-tunes the network itself for a seed, or finds it tuned; in place.
@@ -84,14 +87,16 @@ class Compressible:
         self._plain: OrderedDict[str, nn.Module] = OrderedDict()
         self._prepared: tuple[str, nn.Module] | None = None
 
-    def inputs(self, part: SplitName, count: int | None = None) -> tuple[list[Tensor], Tensor]:
+    def inputs(
+        self, part: SplitName, count: int | None = None, batch: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Normalised batches of a part's first samples, which are spread over the classes, and all their labels."""
         images, labels = self.data.part(part)
         if count is not None:
             # Parts lie in the order of the data, which may be that of the classes.
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
             images, labels = images[order], labels[order]
-        return [self.normalised(some) for some in torch.split(images, self.batch)], labels
+        return [self.normalised(some) for some in torch.split(images, batch or self.batch)], labels
 
     def normalised(self, images: Tensor) -> Tensor:
         """What the network takes, of the data's samples."""
@@ -160,7 +165,7 @@ class Compressible:
         Args:
             packed: with true low-bit weights, each network on its own.
         """
-        batches, labels = self.inputs(part, count)
+        batches, labels = self.inputs(part, count, min(self.batch, JUDGED_TOGETHER))
         own = self.own_logits(part, count, seed, batches)
         if packed or not self.shares:
             models = (self.prepared(policy, seed, packed=packed) for policy in policies)
