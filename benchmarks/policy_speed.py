@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from machine import machine, show, write_json
 
-from archfront.evaluators.compression.compressible import Compressible
+from archfront.evaluators.compression.compressible import JUDGED_TOGETHER, Compressible
 from archfront.evaluators.datasets.dataset import load
 from archfront.spaces.policies.bits import Bits
 
@@ -39,27 +39,28 @@ def main() -> None:
     rows: list[list[Any]] = []
     for name, model in MODELS.items():
         space = Bits(model=model, weights=[2, 4, 8], activations="float")
-        network = Compressible(space, load({"name": "digits"}, space.resolution, space.in_channels), 16, images)
+        network = Compressible(space, load({"name": "digits"}, space.resolution, space.in_channels), 16)
         rng = np.random.default_rng(0)
         [parent] = space.sample(rng, 1)
         sets = {
             "random": space.sample(rng, policies),
             "mutants of one": space.mutate(rng, np.stack([parent] * policies)),
         }
-        batch = network.inputs("train", images)[0][0]
+        batches, _ = network.inputs("train", images, JUDGED_TOGETHER)
         for kind, population in sets.items():
             genotypes = space.to_json(population)
             bits = [space.layer_bits(genotype) for genotype in genotypes]
-            network.outputs(batch[:2], bits)  # weights are quantised once
+            network.outputs(batches[0][:2], bits)  # weights are quantised once
             begun = time.perf_counter()
-            found = network.outputs(batch, bits)
+            found = zip(*[network.outputs(batch, bits) for batch in batches], strict=True)
             together = policies / (time.perf_counter() - begun)
             begun = time.perf_counter()
             with torch.no_grad():
-                expected = [space.build(genotype).eval()(batch) for genotype in genotypes[:alone]]
+                models = [space.build(genotype).eval() for genotype in genotypes[:alone]]
+                expected = [[model(batch) for batch in batches] for model in models]
             by_itself = alone / (time.perf_counter() - begun)
             # Equal to the bit but for what a processor with other work to do rounds otherwise.
-            for one, other in zip(found, expected, strict=False):
+            for one, other in zip(map(torch.cat, found), map(torch.cat, expected), strict=False):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
             sharing = network.sharing
             rows.append([name, kind, together, by_itself, together / by_itself, sharing.computed / sharing.layers])

@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=STUDIES)
     parser.add_argument("--quick", action="store_true", help="little of everything: a smoke test")
-    parser.add_argument("--draws", type=int, default=2, help="random scores for each recipe and budget")
+    parser.add_argument("--draws", type=int, default=4, help="random scores for each recipe and budget")
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for weights and searches")
     parser.add_argument("--recipes", nargs="*", help="these alone, and the searches: other rows stay as they were")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
