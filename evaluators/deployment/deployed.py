@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from archfront.errors import ArchfrontError
-from archfront.evaluators.compression.compressible import Compressible, judged_outputs
+from archfront.evaluators.compression.compressible import JUDGED_TOGETHER, Compressible, judged_outputs
 from archfront.evaluators.datasets.dataset import SplitName
 from archfront.evaluators.deployment.int8_files import file_layers, write_dynamic, write_static
 from archfront.evaluators.deployment.layer_times import LayerNode
@@ -185,7 +185,7 @@ def judged_parts(network: Compressible) -> dict[str, tuple[list[Tensor], Tensor,
     parts: list[tuple[str, SplitName, int | None]] = [("", "validation", count), ("test_", "test", None)]
     found = {}
     for prefix, part, some in parts:
-        batches, labels = network.inputs(part, some)
+        batches, labels = network.inputs(part, some, JUDGED_TOGETHER)
         found[prefix] = (batches, labels, network.own_logits(part, some, 0, batches))
     return found
 
