@@ -73,7 +73,7 @@ bench-recipes: venv
 bench-policies: venv
 	$(BIN)/python benchmarks/policy_speed.py
 
-# Finalists as files on this processor: needs ARCHFRONT_DATA, and half an hour of a machine with nothing else to do.
+# Finalists as files on this processor: needs ARCHFRONT_DATA, and an hour of a machine with nothing else to do.
 bench-finalists: venv
 	$(BIN)/python benchmarks/finalists.py
 
