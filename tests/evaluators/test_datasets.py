@@ -14,13 +14,15 @@ from PIL import Image
 from archfront.errors import InputError
 from archfront.evaluators.datasets import DATASETS, load
 from archfront.evaluators.datasets.cifar import read_batch
-from archfront.evaluators.datasets.dataset import stratified_split
+from archfront.evaluators.datasets.dataset import resized, stratified_split
 from archfront.evaluators.datasets.idx import read_idx
 
 
 def test_digits_are_split_by_class_and_seed_only() -> None:
     small, large = load({"name": "digits"}, 8, 1), load({"name": "digits"}, 16, 3)
     assert (tuple(small.images.shape), tuple(large.images.shape)) == ((1797, 1, 8, 8), (1797, 3, 16, 16))
+    # In pieces, of which these images are in two.
+    torch.testing.assert_close(large.images[1000:1050, :1], resized(small.images[1000:1050], 16), rtol=0, atol=0)
     for part in ("train", "validation", "test"):
         np.testing.assert_array_equal(small.split[part], large.split[part])
     every = np.concatenate(list(small.split.values()))

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,6 +421,20 @@ def test_processes_are_compared_at_one_pace() -> None:
     _, probe_ms = measure([lambda: order.append("item")], settings, lambda: order.append("probe") or 0.3)  # type: ignore[func-returns-value]
     assert probe_ms == pytest.approx(0.3)
     assert [order.count("probe"), order[-1], order[-2]] == [4, "probe", "item"]
+
+
+def test_calls_before_a_sample_do_not_count() -> None:
+    order: list[str] = []
+
+    def call() -> None:
+        order.append("call")
+        time.sleep(1e-3)
+
+    settings = Settings(rounds=5, sample_ms=4, lead=1.5, warmup_ms=1)
+    [timing], _ = measure([call], settings, lambda: order.append("probe") or 0.3)  # type: ignore[func-returns-value]
+    samples = " ".join(order).split("probe")[1:-1]
+    assert timing.calls > 1
+    assert [sample.split().count("call") for sample in samples] == [timing.calls + round(1.5 * timing.calls)] * 4
 
 
 def test_a_slower_process_gives_a_profile_of_the_same_pace(monkeypatch: pytest.MonkeyPatch) -> None:
