@@ -81,8 +81,8 @@ def write_static(
     model = onnx.load(str(source))
     nodes = _found_nodes(model.graph, list(ranges))
     if channels_last:
-        faster = {path: found for path, found in nodes.items() if not _reads_few_channels(model.graph, found)}
-        nodes = faster or nodes
+        shapes = {initializer.name: tuple(initializer.dims) for initializer in model.graph.initializer}
+        nodes = {path: found for path, found in nodes.items() if not _reads_few_channels(found, shapes)} or nodes
     name = model.graph.input[0].name
     overrides: dict[str, list[dict[str, Any]]] = {}
     for path, found in nodes.items():
@@ -183,9 +183,8 @@ def _found_nodes(graph: Any, paths: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def _reads_few_channels(graph: Any, nodes: Sequence[Any]) -> bool:
+def _reads_few_channels(nodes: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a layer is a convolution of whole images, not depthwise."""
-    shapes = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
     return all(
         node.op_type == "Conv"
         and shapes[node.input[1]][1] <= _FEW_CHANNELS
