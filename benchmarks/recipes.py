@@ -75,7 +75,6 @@ class Study:
 
 _CNN = ("hawq-v3", "augmented-hessians", "mixdq", "brecq", "zeroquant-v2", "leave-one-in", "layer-wise-quantization-zd")
 _ALL = (*_CNN, "layer-wise-quantization")
-_SOME = ("hawq-v3", "mixdq", "zeroquant-v2", "leave-one-in", "layer-wise-quantization-zd")
 _RESNET = {"name": "cifar-resnet", "normalisation": "imagenet"}
 STUDIES = {
     "resnet20": Study(
@@ -84,7 +83,7 @@ STUDIES = {
     ),
     "resnet56": Study(
         {**_RESNET, "depth": 56, "weights": "checkpoints/resnet56-4bfd9763.th"},
-        {"name": "cifar10"}, ("conv1", "linear"), 1, 1000, 300, 600, _SOME, (3.5, 4, 5), images=128, tuned_on=15_000,
+        {"name": "cifar10"}, ("conv1", "linear"), 1, 2500, 500, 1000, _ALL, images=128, tuned_on=15_000,
     ),
     "vit": Study(
         {"name": "vit", "patch": 7, "depth": 4}, {"name": "mnist"}, ("patch_embed.proj", "head"), 4, 10_000, 1000, 1500,

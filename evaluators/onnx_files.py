@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from archfront.errors import MissingExtraError
+from archfront.evaluators.onnx_attention import merge_attention
+from archfront.evaluators.onnx_tokens import drop_unread_tokens
 
 RUNTIMES = ("onnx", "openvino")
 
@@ -21,20 +23,25 @@ _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)
 Run = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path, *, any_batch: bool = False) -> None:
+def export_onnx(
+    model: nn.Module, example: Tensor, path: Path, *, any_batch: bool = False, for_onnxruntime: bool = False
+) -> None:
     """Write a network.
 
     Args:
         model: in evaluation mode, on the processor.
         example: its one input, ``(batch, ...)``.
         any_batch: serve every batch size, not only the example's.
+        for_onnxruntime: with its own operator for attention, which others do not know, and without tokens that nothing
+            reads. The network computes the same.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
         torch.onnx.OnnxExporterError: the network cannot be exported.
     """
     try:
-        import onnxscript  # noqa: F401  torch.onnx.export needs it, and it needs onnx
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx.export needs it
     except ImportError:
         raise MissingExtraError("Exporting to ONNX", "onnx") from None
     shapes: Any = ({0: torch.export.Dim("batch", min=1, max=65536)},) if any_batch else None
@@ -48,6 +55,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, any_batch: boo
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
     program.save(path)
+    if for_onnxruntime:
+        written = onnx.load(str(path))
+        if merge_attention(written) + drop_unread_tokens(written):
+            onnx.save(written, str(path))
 
 
 def onnx_session(path: Path | str, threads: int) -> Any:

@@ -29,7 +29,9 @@ from archfront.evaluators.torch_files import runner as torch_runner
 from archfront.spaces.policies.quantised import bake, input_bits, weight_quantiser, without_input_quantisers
 from archfront.spaces.policies.quantiser import ActivationQuantiser
 
-Form = Literal["float", "static", "static-channels-last", "dynamic", "torch-static", "torch-dynamic"]
+Form = Literal[
+    "float", "float-onnxruntime", "static", "static-onnxruntime", "dynamic-onnxruntime", "torch-static", "torch-dynamic"
+]
 
 
 class AllFloatError(ArchfrontError):
@@ -40,9 +42,8 @@ class FileBackend(NamedTuple):
     """A backend that executes a file.
 
     Attributes:
-        form: ``float``; ``static``: layers in int8, in ranges that are fixed, the same with the channels of
-            convolutions last; ``dynamic``: linear layers in int8, in the ranges of each batch. As ONNX, or as files of
-            torch's own.
+        form: ``float``; ``static``: layers in int8, in ranges that are fixed; ``dynamic``: linear layers in int8, in
+            the ranges of each batch. As ONNX, with operators that ONNX Runtime alone has, or as files of torch's own.
         runtime: see ``onnx_files`` and ``torch_files``.
     """
 
@@ -51,9 +52,9 @@ class FileBackend(NamedTuple):
 
 
 FILE_BACKENDS = {
-    "onnx": FileBackend("float", "onnx"),
-    "onnx-int8": FileBackend("static-channels-last", "onnx"),
-    "onnx-int8-dynamic": FileBackend("dynamic", "onnx"),
+    "onnx": FileBackend("float-onnxruntime", "onnx"),
+    "onnx-int8": FileBackend("static-onnxruntime", "onnx"),
+    "onnx-int8-dynamic": FileBackend("dynamic-onnxruntime", "onnx"),
     "openvino": FileBackend("float", "openvino"),
     "openvino-int8": FileBackend("static", "openvino"),
     "pt2e": FileBackend("torch-static", "inductor"),
@@ -62,7 +63,7 @@ FILE_BACKENDS = {
 
 _SUFFIXES: dict[Form, str] = {"torch-static": ".pt2", "torch-dynamic": ".pt"}
 """Of files that are no ONNX."""
-_OF_LINEAR_LAYERS: tuple[Form, ...] = ("dynamic", "torch-dynamic")
+_OF_LINEAR_LAYERS: tuple[Form, ...] = ("dynamic-onnxruntime", "torch-dynamic")
 
 _INT8 = 8
 _JUDGED = 2000
@@ -121,17 +122,20 @@ class Deployment:
         batches = self._network.calibration
         linear = form in _OF_LINEAR_LAYERS
         paths = [p for p in self._ranges if not linear or isinstance(self._plain.get_submodule(p), nn.Linear)]
-        if form == "float":
-            export_onnx(self._plain, self._network.space.source.example(), path, any_batch=True)
+        own = form.endswith("-onnxruntime")
+        if form in ("float", "float-onnxruntime"):
+            example = self._network.space.source.example()
+            export_onnx(self._plain, example, path, any_batch=True, for_onnxruntime=own)
             return []
         if not paths:
             kind = "linear layer" if linear else "layer"
             raise AllFloatError(f"not run: the policy has no {kind} of 8 bits or fewer in weights and inputs")
-        if form in ("static", "static-channels-last"):
+        if form in ("static", "static-onnxruntime"):
             given = [batch.numpy() for batch in batches]
-            return write_static(self.file("float"), path, given, self._ranges, channels_last=form != "static")
-        if form == "dynamic":
-            write_dynamic(self.file("float"), path, paths)
+            source = self.file("float-onnxruntime" if own else "float")
+            return write_static(source, path, given, self._ranges, channels_last=own)
+        if form == "dynamic-onnxruntime":
+            write_dynamic(self.file("float-onnxruntime"), path, paths)
         elif form == "torch-static":
             write_pt2e(self._plain, path, batches, self._ranges)
         else:
@@ -158,7 +162,7 @@ class Deployment:
         """The operators of ONNX files whose times are told apart."""
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         paths = [path for path, layer in self._plain.named_modules() if isinstance(layer, kinds)]
-        return file_layers(self.file("float"), paths)
+        return file_layers(self.file("float-onnxruntime"), paths)
 
     def student(self) -> Path:
         """The network's state and the policy's codes, for backends of kernels; made when it is first asked for."""

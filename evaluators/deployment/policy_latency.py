@@ -88,7 +88,8 @@ def policy_latency(
     bits = bits_of(space)
     with tempfile.TemporaryDirectory(prefix="archfront-layers-") as folder:
         source = Path(folder) / "float.onnx"
-        export_onnx(bits.source.build().eval(), bits.source.example(2), source, any_batch=True)
+        model = bits.source.build().eval()
+        export_onnx(model, bits.source.example(2), source, any_batch=True, for_onnxruntime=True)
         layers = file_layers(source, [layer.path for layer in bits.layers.found])
         if networks is None:
             networks = _affordable_networks(bits, source, batch, threads, settings)

@@ -56,8 +56,8 @@ class Settings:
     Attributes:
         rounds: samples of each item.
         sample_ms: a sample repeats the call until it lasts about so long, and is the mean of its calls.
-        lead: calls before each sample that are not counted, as a share of its own, but one at least: they pay for what
-            the item before left in the caches.
+        lead_ms: a sample follows calls that do not count, for about so long, but one at least: they pay for what the
+            item before left in the caches, so that a sample is of calls that follow each other.
         warmup_ms: least warm-up of an item.
         stable: warm-up goes on until two successive samples differ by at most this share, ...
         warmup_limit_ms: ... or until it took so long.
@@ -67,7 +67,7 @@ class Settings:
 
     rounds: int = 30
     sample_ms: float = 2.0
-    lead: float = 0.5
+    lead_ms: float = 8.0
     warmup_ms: float = 20.0
     stable: float = 0.1
     warmup_limit_ms: float = 500.0
@@ -134,15 +134,17 @@ def measure(
     probes: list[float] = []
     errors: dict[int, str] = {}
     calls: dict[int, int] = {}
+    lead: dict[int, int] = {}
     memory: dict[int, int] = {}
     notes: dict[int, list[str]] = {i: [] for i in range(len(functions))}
     before = peak_memory()
     for i, function in enumerate(functions):
         try:
-            calls[i], stable = _warm_up(function, settings)
+            ms, stable = _warm_up(function, settings)
         except Exception as error:
             errors[i] = f"{type(error).__name__}: {error}"
             continue
+        calls[i], lead[i] = _calls(settings.sample_ms, ms), _calls(settings.lead_ms, ms)
         after = peak_memory()
         memory[i], before = after - before, after
         if not stable:
@@ -156,7 +158,7 @@ def measure(
     try:
         for _ in range(settings.rounds):
             for i in rng.permutation(list(calls)).tolist():
-                for _ in range(max(1, round(calls[i] * settings.lead))):
+                for _ in range(lead[i]):
                     functions[i]()
                 samples[i].append(_sample(functions[i], calls[i]))
                 if probe is not None:
@@ -223,18 +225,23 @@ def _rise(values: npt.NDArray[np.float64]) -> float:
     return float(last / first - 1) if last - first > max(DRIFT_DEVIATIONS * noise, LEAST_DRIFT * first) else 0.0
 
 
-def _warm_up(function: Callable[[], object], settings: Settings) -> tuple[int, bool]:
-    """Calls for one sample, and whether the time became stable."""
+def _calls(total_ms: float, ms: float) -> int:
+    """How many calls take so long, one at least."""
+    return max(1, round(total_ms / max(ms, 1e-4)))
+
+
+def _warm_up(function: Callable[[], object], settings: Settings) -> tuple[float, bool]:
+    """What a call takes in ms, and whether that became stable."""
     function()
     start = perf_counter()
     last = _sample(function, 1)
-    calls = max(1, round(settings.sample_ms / max(last, 1e-4)))
+    calls = _calls(settings.sample_ms, last)
     while True:
         now = _sample(function, calls)
         spent = (perf_counter() - start) * 1e3
         stable = abs(now - last) <= settings.stable * last
         if (stable and spent >= settings.warmup_ms) or spent >= settings.warmup_limit_ms:
-            return max(1, round(settings.sample_ms / max(now, 1e-4))), stable
+            return now, stable
         last = now
 
 
@@ -336,9 +343,7 @@ def quiet_elsewhere(
 
 def affordable(ms: float, settings: Settings, *, seconds: float, least: int, most: int) -> int:
     """How many items of this latency a process measures in so many seconds, between the least and the most."""
-    each_s = (
-        settings.rounds * (max(ms, settings.lead * settings.sample_ms) + max(ms, settings.sample_ms)) / 1e3 + _START_S
-    )
+    each_s = settings.rounds * (max(ms, settings.lead_ms) + max(ms, settings.sample_ms)) / 1e3 + _START_S
     return int(np.clip(seconds / each_s, least, most))
 
 

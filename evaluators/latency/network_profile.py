@@ -20,7 +20,7 @@ NETWORKS = 24
 LEAST_RANDOM, MOST_RANDOM = 29, 99
 """Uniformly drawn, for the intervals. What nine of ten more stay within is the 27th error of 29: these hold 90 % give
 or take 5, by the luck of the draw; of 99 give or take 3."""
-RANDOM_S = 30.0
+RANDOM_S = 45.0
 """What those beyond the least may take a process to measure."""
 PROCESSES = 2
 _TIMEOUT_S = 600.0

@@ -44,7 +44,7 @@ def onnx_call(model: nn.Module, example: Tensor, threads: int) -> Callable[[], o
     with tempfile.TemporaryDirectory(prefix="archfront-onnx-") as folder:
         # By way of a file, as a message of protobuf holds 2 GiB at most.
         path = Path(folder) / "network.onnx"
-        export_onnx(model, example, path)
+        export_onnx(model, example, path, for_onnxruntime=True)
         session = onnx_session(path, threads)
     feed = {session.get_inputs()[0].name: np.ascontiguousarray(example.numpy())}
     check_outputs(expected, session.run(None, feed))

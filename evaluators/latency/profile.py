@@ -15,7 +15,7 @@ from archfront.evaluators.latency.measurement import Settings, measured_elsewher
 from archfront.evaluators.latency.operators import Operator, call_bytes
 
 FORMAT = "archfront-operator-profile-1"
-OPERATOR_SETTINGS = Settings(rounds=12, sample_ms=0.7, lead=0.0, warmup_ms=4.0, warmup_limit_ms=60.0)
+OPERATOR_SETTINGS = Settings(rounds=12, sample_ms=0.7, lead_ms=0.0, warmup_ms=4.0, warmup_limit_ms=60.0)
 
 _CHUNK_OPERATORS = 200
 _CHUNK_BYTES = 2**30

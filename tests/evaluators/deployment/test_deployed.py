@@ -105,7 +105,7 @@ def test_four_bits_travel_in_int8_without_another_loss(network: Compressible, tm
 def test_a_dynamic_file_has_its_linear_layers_in_int8(tmp_path: Path) -> None:
     network = Compressible(bits("vit", weights=[8, 32], activations="follow", keep={}), data_of("vit"), 64)
     policy = policy_of(network, 8)
-    path = deployment(network, policy, tmp_path).file("dynamic")
+    path = deployment(network, policy, tmp_path).file("dynamic-onnxruntime")
     linear = sum(isinstance(layer, torch.nn.Linear) for layer in network.model.modules())
     assert operators(path)["MatMulInteger"] == linear
     batches, _ = network.inputs("validation", 60)
@@ -125,10 +125,10 @@ def test_openvino_computes_the_same(network: Compressible, eight: Deployment) ->
 def test_facts_of_a_file_are_those_of_its_outputs(network: Compressible, eight: Deployment) -> None:
     facts = eight.facts(FILE_BACKENDS["onnx-int8"], 1)
     batches, labels = network.inputs("test")
-    found = outputs(eight.file("static-channels-last"), "onnx", batches, 1)
+    found = outputs(eight.file("static-onnxruntime"), "onnx", batches, 1)
     right = 100 * float((found.argmax(-1) == labels).double().mean())
     assert facts["test_accuracy"] == pytest.approx(right)
-    assert facts["file_bytes"] == eight.file("static-channels-last").stat().st_size
+    assert facts["file_bytes"] == eight.file("static-onnxruntime").stat().st_size
     assert eight.facts(FILE_BACKENDS["onnx"], 1)["int8_layers"] == 0 < facts["int8_layers"]
 
 
@@ -150,7 +150,7 @@ def test_the_network_itself_and_what_fails_are_measured_beside_the_rest(network:
 
 
 def test_a_file_needs_nothing_but_onnx_runtime(network: Compressible, eight: Deployment, tmp_path: Path) -> None:
-    path = eight.file("static-channels-last")
+    path = eight.file("static-onnxruntime")
     batches, _ = network.inputs("test", 50)
     np.savez(tmp_path / "samples.npz", images=torch.cat(batches).numpy())
     program = (

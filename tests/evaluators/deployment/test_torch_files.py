@@ -262,7 +262,7 @@ def test_policies_without_linear_layers_in_int8_are_refused(tmp_path: Path) -> N
     network = Compressible(bits("resnet", weights=[8, 32], activations="follow", keep={}), data_of("resnet"), 64)
     last: Any = network.space.sites[-1].module
     made = deployment(network, policy_of(network, 8, {last: 32}), tmp_path)
-    for form in ("dynamic", "torch-dynamic"):
+    for form in ("dynamic-onnxruntime", "torch-dynamic"):
         with pytest.raises(AllFloatError, match="no linear layer of 8 bits or fewer"):
             made.file(form)  # type: ignore[arg-type]
 

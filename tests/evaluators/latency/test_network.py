@@ -109,7 +109,7 @@ def test_intervals_promise_for_networks_alike() -> None:
 
 
 def test_more_of_quick_networks_are_measured() -> None:
-    counts = [affordable(ms, Settings(), seconds=30, least=29, most=99) for ms in (0.1, 5.0, 12.0, 100.0)]
+    counts = [affordable(ms, Settings(), seconds=45, least=29, most=99) for ms in (0.1, 10.0, 20.0, 100.0)]
     assert counts[0] == 99 > counts[1] > counts[2] > counts[3] == 29
 
 
