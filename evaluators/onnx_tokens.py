@@ -71,7 +71,9 @@ class _File:
 
     def through(self, node: Any) -> list[str]:
         """What an operator needs a token of, to compute that token; nothing if it needs more of all that it reads."""
-        known = self.shapes.get(node.input[0], ()) if node.input else ()
+        if len(node.output) != 1 or not node.input:
+            return []
+        known = self.shapes.get(node.input[0], ())
         read = [name for name in node.input if name and name not in self.constants]
         if node.op_type in _ALONE:
             axis = next((one.i for one in node.attribute if one.name == "axis"), -1)

@@ -108,7 +108,8 @@ def write_static(
             model, str(target), Batches(), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=not vnni(),
             nodes_to_quantize=[node.name for node in [*chosen, *between]],
-            op_types_to_quantize=[*_LAYERS, *_PASSING], extra_options={"TensorQuantOverrides": overrides},
+            op_types_to_quantize=[*_LAYERS, *_PASSING],
+            extra_options={"TensorQuantOverrides": overrides, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
         )  # fmt: skip
     if channels_last:
         written = onnx.load(str(target))
