@@ -146,23 +146,28 @@ def ranked(name: str, job: archfront.Job, space: Any, quick: bool) -> dict[str, 
 
 
 def ranks(space: Any, predictor: LayerLatency, finalists: Sequence[Any], count: int) -> dict[str, Any]:
-    """Predicted and measured latency of finalists and random policies on the predictor's backend."""
+    """Predicted and measured latency of finalists and random policies on the predictor's backend, and how long the
+    network itself takes as torch exports it and as it is written for ONNX Runtime."""
     bits = bits_of(space)
     drawn = space.to_json(space.sample_spread(np.random.default_rng(11), count))
     paths = [price.layer for price in predictor.layers]
     masks = int8_mask(bits, paths, [*finalists, *drawn])
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "float.onnx"
+        source, exported = Path(folder) / "float.onnx", Path(folder) / "exported.onnx"
         model = bits.source.build().eval()
-        export_onnx(model, bits.source.example(2), source, any_batch=True, for_onnxruntime=True)
+        for file, own in ((source, True), (exported, False)):
+            export_onnx(model, bits.source.example(2), file, any_batch=True, for_onnxruntime=own)
         items = mask_items(bits, source, paths, masks, backend="onnx-int8")
+        items += [{**items[0], "file": str(file)} for file in (exported, source)]
         # A process places its memory by chance: of two the mean.
         timed = [measured_elsewhere(None, items, threads=1, settings=SETTINGS) for _ in range(2)]
     found = predictor.predict(masks)
     paces = [pace(environment, predictor.probe_ms) for _, environment in timed]
     ms = np.mean([[share * t.median_ms for t in ts] for share, (ts, _) in zip(paces, timed, strict=True)], axis=0)
     quiet = np.mean([[share * t.quiet_ms for t in ts] for share, (ts, _) in zip(paces, timed, strict=True)], axis=0)
+    itself, ms, quiet = ms[-2:], ms[:-2], quiet[:-2]
     return {
+        "float32 as exported, ms": float(itself[0]), "float32, ms": float(itself[1]),
         "policies": len(ms), "least ms": float(ms.min()), "most ms": float(ms.max()),
         "Spearman": float(spearmanr(found.ms, ms)[0]), "Spearman, undisturbed": float(spearmanr(found.ms, quiet)[0]),
         "median error, undisturbed": float(np.median(np.abs(found.ms / quiet - 1))),
@@ -296,7 +301,7 @@ def main() -> None:
 
 def _show_ranks(agreements: Sequence[Mapping[str, Any]]) -> None:
     if agreements:
-        keys = [key for key in agreements[0] if not key.endswith("_ms")]
+        keys = [key for key in agreements[-1] if not key.endswith("_ms")]
         show("Predicted and measured latency, onnx-int8", keys, [[one[key] for key in keys] for one in agreements])
 
 

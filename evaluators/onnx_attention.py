@@ -49,6 +49,7 @@ class _File:
         self.graph = model.graph
         self.constants: Values = {one.name: numpy_helper.to_array(one) for one in self.graph.initializer}
         self.makers = {output: node for node in self.graph.node for output in node.output}
+        self.outputs = {one.name for one in self.graph.output}
         self.readers: dict[str, list[Any]] = {}
         for node in self.graph.node:
             for name in node.input:
@@ -66,8 +67,9 @@ class _File:
     def next(self, node: Any, kind: str) -> Any | None:
         """What alone reads an operator's output first of all, if it is of this kind."""
         found = self.readers.get(node.output[0], [])
-        alone = len(found) == 1 and found[0].op_type == kind and found[0].input[0] == node.output[0]
-        return found[0] if alone else None
+        if len(found) != 1 or node.output[0] in self.outputs:
+            return None
+        return found[0] if found[0].op_type == kind and found[0].input[0] == node.output[0] else None
 
     def scaled(self, name: str) -> tuple[str, float]:
         """A value without the number that it was multiplied by, and that number."""

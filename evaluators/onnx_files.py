@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from archfront.evaluators.onnx_attention import merge_attention
 from archfront.evaluators.onnx_tokens import drop_unread_tokens
 
 RUNTIMES = ("onnx", "openvino")
+
+_PROTOBUF_BYTES = 2**31
+"""No message holds more, and shapes are inferred of one."""
 
 _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
 
@@ -33,7 +37,7 @@ def export_onnx(
         example: its one input, ``(batch, ...)``.
         any_batch: serve every batch size, not only the example's.
         for_onnxruntime: with its own operator for attention, which others do not know, and without tokens that nothing
-            reads. The network computes the same.
+            reads. The network computes the same. Networks of 2 GiB and more stay as they are.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -48,14 +52,15 @@ def export_onnx(
     # Two, for an example of one would be taken for a network that serves nothing else.
     given = example.clone().contiguous() if not any_batch or len(example) > 1 else torch.cat([example, example])
     # Tensors made in inference mode cannot be traced outside of it, nor a graph inside: copies can.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)  # torch's own, of torch
         program = torch.onnx.export(
             copy.deepcopy(model), (given.clone(),), dynamo=True, verbose=False, optimize=True, dynamic_shapes=shapes
         )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
     program.save(path)
-    if for_onnxruntime:
+    if for_onnxruntime and sum(one.nbytes for one in model.state_dict().values()) < _PROTOBUF_BYTES:
         written = onnx.load(str(path))
         if merge_attention(written) + drop_unread_tokens(written):
             onnx.save(written, str(path))
