@@ -19,8 +19,10 @@ _MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Ga
 """Operators that put values elsewhere and leave them as they are."""
 _OF_SHAPES = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Cast")
 """Operators that calculate where to."""
-_SAMPLES = 2
-"""That stand for any number."""
+_SAMPLES = (3, 7)
+"""That stand for any number of samples: what holds for both is no coincidence."""
+_FLOATS = (1, 10)
+"""ONNX's numbers of float32 and float16, which the runtime's operator takes."""
 
 Values = dict[str, npt.NDArray[Any]]
 
@@ -40,8 +42,31 @@ class _Read:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """What is merged.
+
+    Attributes:
+        tensors: that queries, keys and values are cut out of: three, or one that has them beside each other.
+        widths: features of each.
+        output: name of the value that is made of them.
+    """
+
+    tensors: tuple[str, ...]
+    widths: tuple[int, ...]
+    heads: int
+    scale: float
+    output: str
+
+
 class _File:
-    """Operators of a file, and what values they hand on."""
+    """Operators of a file, and what values they hand on.
+
+    Attributes:
+        samples: number of samples where the file leaves it open.
+    """
+
+    samples: int
 
     def __init__(self, model: Any) -> None:
         from onnx import numpy_helper, shape_inference
@@ -58,11 +83,11 @@ class _File:
         self.infos = {info.name: info for info in (*inferred.value_info, *inferred.input)}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """None if more than the number of samples is unknown."""
-        if name not in self.infos:
+        """None if more than the number of samples is unknown, or it is not of floats."""
+        if name not in self.infos or self.infos[name].type.tensor_type.elem_type not in _FLOATS:
             return None
         dims = [dim.dim_value for dim in self.infos[name].type.tensor_type.shape.dim]
-        return (dims[0] or _SAMPLES, *dims[1:]) if dims and all(dims[1:]) else None
+        return (dims[0] or self.samples, *dims[1:]) if dims and all(dims[1:]) else None
 
     def next(self, node: Any, kind: str) -> Any | None:
         """What alone reads an operator's output first of all, if it is of this kind."""
@@ -75,10 +100,12 @@ class _File:
         """A value without the number that it was multiplied by, and that number."""
         node, factor = self.makers.get(name), 1.0
         while node is not None and node.op_type in ("Mul", "Div"):
-            known = [one for one in node.input if one in self.constants and self.constants[one].size == 1]
+            known = [one for one in node.input if one in self.constants and self.constants[one].shape in ((), (1,))]
             if len(known) != 1 or (node.op_type == "Div" and known[0] == node.input[0]):
                 break
             number = float(self.constants[known[0]].reshape(()))
+            if number == 0:
+                break
             factor *= number if node.op_type == "Mul" else 1 / number
             name = next(one for one in node.input if one != known[0])
             node = self.makers.get(name)
@@ -122,15 +149,18 @@ class _File:
                 return None
             if found is not None:
                 given[name] = found
-        made: Any = ReferenceEvaluator(node).run(None, given)
+        try:
+            made: Any = ReferenceEvaluator(node).run(None, given)
+        except Exception:  # whatever numpy says of so many samples: then it is not what is sought
+            return None
         return np.asarray(made[list(node.output).index(output)])
 
 
 def merge_attention(model: Any) -> int:
     """Put ONNX Runtime's operator in the place of attention, in place.
 
-    Attention without a mask, whose heads lie one after another in the features of a token, as ``torch.nn`` and timm
-    have it; other attention stays as it is.
+    Attention without a mask, whose heads lie one after another in the features of a token, as timm has it; other
+    attention stays as it is, and so does every file with branches or loops.
 
     Args:
         model: a float file.
@@ -138,8 +168,18 @@ def merge_attention(model: Any) -> int:
     Returns:
         How many were merged.
     """
+    if has_bodies(model.graph):
+        return 0
     file = _File(model)
-    merged = sum([_merge(file, node) for node in list(file.graph.node) if node.op_type == "Softmax"])
+    merged = 0
+    for node in [node for node in file.graph.node if node.op_type == "Softmax"]:
+        found = set()
+        for file.samples in _SAMPLES:
+            found.add(_attention(file, node))
+        [one, *others] = found
+        if one is not None and not others:
+            _merge(file, one)
+            merged += 1
     if merged:
         _drop_unread(file.graph)
         if all(one.domain != _DOMAIN for one in model.opset_import):
@@ -149,68 +189,88 @@ def merge_attention(model: Any) -> int:
     return merged
 
 
-def _merge(file: _File, softmax: Any) -> bool:
-    from onnx import helper, numpy_helper
+def has_bodies(graph: Any) -> bool:
+    """Whether operators have graphs of their own, which read values of this one without saying so."""
+    return any(one.HasField("g") or one.graphs for node in graph.node for one in node.attribute)
 
+
+def _attention(file: _File, softmax: Any) -> _Attention | None:
+    """The attention that a softmax is part of."""
     scores, scale = file.scaled(softmax.input[0])
     product = file.makers.get(scores)
     weighted = file.next(softmax, "MatMul")
     turned = weighted and file.next(weighted, "Transpose")
     joined = turned and file.next(turned, "Reshape")
     if product is None or product.op_type != "MatMul" or weighted is None or joined is None or not _over_last(softmax):
-        return False
+        return None
     query, key, value = (file.read(name) for name in (*product.input, weighted.input[1]))
     if query is None or key is None or value is None or value.scale != 1 or key.places.ndim != 4:
-        return False
-    key = _Read(key.tensor, key.places.swapaxes(-1, -2), key.scale)
-    reads = (query, key, value)
-    inputs = _inputs(file, reads, softmax.name)
-    if inputs is None or not _joins_heads(file, turned, joined, (*query.places.shape[:3], value.places.shape[3])):
-        return False
-    new, name = [], softmax.name
-    if len({one.tensor for one in reads}) == 1:
-        widths = np.array([one.places.shape[1] * one.places.shape[3] for one in reads], dtype=np.int64)
+        return None
+    reads = (query, _Read(key.tensor, key.places.swapaxes(-1, -2), key.scale), value)
+    if not _beside_each_other(file, reads):
+        return None
+    if not _joins_heads(file, turned, joined, (*query.places.shape[:3], value.places.shape[3])):
+        return None
+    tensors = tuple(dict.fromkeys(one.tensor for one in reads))
+    return _Attention(
+        tensors if len(tensors) == 1 else tuple(one.tensor for one in reads),
+        tuple(one.places.shape[1] * one.places.shape[3] for one in reads),
+        query.places.shape[1],
+        scale * query.scale * key.scale,
+        joined.output[0],
+    )
+
+
+def _merge(file: _File, found: _Attention) -> None:
+    from onnx import helper, numpy_helper
+
+    new, inputs, name = [], list(found.tensors), f"{found.output}_attention"
+    if len(inputs) == 1:
+        inputs = [f"{name}_{part}" for part in ("query", "key", "value")]
+        widths = np.array(found.widths, dtype=np.int64)
         file.graph.initializer.append(numpy_helper.from_array(widths, f"{name}_widths"))
-        new.append(helper.make_node("Split", [query.tensor, f"{name}_widths"], inputs, f"{name}_split", axis=-1))
+        new.append(helper.make_node("Split", [*found.tensors, f"{name}_widths"], inputs, f"{name}_split", axis=-1))
     new.append(
         helper.make_node(
-            "MultiHeadAttention", inputs, list(joined.output), f"{name}_attention", domain=_DOMAIN,
-            num_heads=query.places.shape[1], scale=scale * query.scale * key.scale,
+            "MultiHeadAttention", inputs, [found.output], name, domain=_DOMAIN,
+            num_heads=found.heads, scale=found.scale,
         )
     )  # fmt: skip
-    if joined.output[0] in file.infos and all(one.name != joined.output[0] for one in file.graph.value_info):
-        file.graph.value_info.append(file.infos[joined.output[0]])  # no shape is inferred over the new operator
+    if found.output in file.infos and all(one.name != found.output for one in file.graph.value_info):
+        file.graph.value_info.append(file.infos[found.output])  # no shape is inferred over the new operator
+    joined = file.makers[found.output]
     place = list(file.graph.node).index(joined)
     file.graph.node.remove(joined)
     for one in reversed(new):
         file.graph.node.insert(place, one)
-    return True
 
 
 def _over_last(softmax: Any) -> bool:
     return all(a.i in (-1, 3) for a in softmax.attribute if a.name == "axis")
 
 
-def _inputs(file: _File, reads: Sequence[_Read], name: str) -> list[str] | None:
-    """Names of queries, keys and values with heads beside each other: tensors of their own, or parts of one that
-    follow each other."""
+def _beside_each_other(file: _File, reads: Sequence[_Read]) -> bool:
+    """Whether queries, keys and values have heads beside each other, in whole tensors of their own, or one after the
+    other in one."""
     one = len({read.tensor for read in reads}) == 1
-    start = 0
+    query, key, value = (read.places.shape for read in reads)
+    if {len(query), len(key), len(value)} != {4} or not query[:2] == key[:2] == value[:2]:
+        return False
+    if query[3] != key[3] or key[2] != value[2]:
+        return False
+    start, length = 0, 0
     for read in reads:
-        if read.places.ndim != 4 or (shape := file.shape(read.tensor)) is None:
-            return None
         samples, heads, tokens, width = read.places.shape
-        features = heads * width
-        if shape[:2] != (samples, tokens) or start + features > shape[2] or (not one and features != shape[2]):
-            return None
+        shape, features = file.shape(read.tensor), heads * width
+        if shape is None or shape[:2] != (samples, tokens) or start + features > shape[2]:
+            return False
         every = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)[:, :, start : start + features]
         if not np.array_equal(read.places, every.reshape(samples, tokens, heads, width).transpose(0, 2, 1, 3)):
-            return None
-        start += features if one else 0
-    if not one:
-        return [read.tensor for read in reads]
-    shape = file.shape(reads[0].tensor)
-    return [f"{name}_{part}" for part in ("query", "key", "value")] if shape is not None and start == shape[2] else None
+            return False
+        start, length = (start + features if one else 0), shape[2]
+        if not one and features != length:
+            return False
+    return not one or start == length
 
 
 def _joins_heads(file: _File, turned: Any, joined: Any, shape: tuple[int, ...]) -> bool:

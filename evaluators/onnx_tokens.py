@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from archfront.evaluators.onnx_attention import has_bodies
+
 _ALONE = ("LayerNormalization", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Identity")
 _OF_NUMBERS = ("Add", "Sub", "Mul", "Div")
 _TOKENS = 1
@@ -20,12 +22,16 @@ _TOKENS = 1
 def drop_unread_tokens(model: Any) -> int:
     """Compute the one token that is taken at the end as early as can be, and no other, in place.
 
+    Files with branches or loops stay as they are.
+
     Args:
         model: a float file.
 
     Returns:
         How many operators compute one token alone since then.
     """
+    if has_bodies(model.graph):
+        return 0
     file = _File(model)
     wanted: dict[str, int | None] = {one.name: None for one in file.graph.output}  # a token, or None: all
     narrow: dict[str, int] = {}

@@ -64,7 +64,43 @@ def keys_first(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Apart(nn.Module):
-    """Projections of their own, products written out, scaled afterwards."""
+    """Projections of their own, products written out, scaled afterwards.
+
+    Args:
+        shared: key and value of one head, which all queries read.
+        latent: keys and values of tokens that all samples have in common.
+    """
+
+    def __init__(self, scale: float = 0.4, shared: bool = False, latent: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = WIDTH // HEADS if shared else WIDTH
+        self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, width), nn.Linear(WIDTH, width)
+        self.scale, self.tokens = scale, nn.Parameter(torch.randn(1, 300, WIDTH)) if latent else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = x if self.tokens is None else self.tokens
+        made = (self.q(x), self.k(read), self.v(read))
+        q, k, v = (one.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for one in made)
+        return ((q @ k.transpose(-1, -2) * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Grouped(nn.Module):
+    """Attention within groups of tokens, which are samples before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x.reshape(-1, TOKENS // 3, WIDTH)).reshape(-1, 3, TOKENS // 3, 3 * WIDTH).chunk(3, -1)
+        q, k, v = parts
+        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(-1, TOKENS, WIDTH)
+
+
+class AcrossSamples(nn.Module):
+    """Two tokens that are told apart by a literal 2, where samples might be meant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +108,23 @@ class Apart(nn.Module):
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return ((q @ k.transpose(-1, -2) / 2.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x[:, :2]
+        q, k, v = (f(x).view(2, -1, HEADS, WIDTH // HEADS).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(-1, 2, WIDTH)
+
+
+class Branches(nn.Module):
+    """A branch that reads all tokens without saying so, beside one that is read alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.norm = Attention(in_turn), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.attention(x))
+        pooled = torch.cond(x.sum() > 0, lambda y: y.amax(1), lambda y: y.sum(1), (y,))
+        return self.norm(y)[:, 0] + pooled
 
 
 class Reader(nn.Module):
@@ -110,6 +161,21 @@ def test_attention_is_one_operator_however_it_is_written(model: nn.Module, tmp_p
 def test_other_attention_stays(read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], tmp_path: Path) -> None:
     found = operators(Attention(read), torch.randn(2, TOKENS, WIDTH), tmp_path)
     assert (found["MultiHeadAttention"], found["Softmax"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Apart(0.0), Apart(shared=True), Apart(latent=True), Grouped(), AcrossSamples(), Attention(chunks).double()],
+    ids=["scale 0", "shared keys", "latent keys", "groups", "across samples", "float64"],
+)
+def test_what_the_operator_does_not_serve_stays(model: nn.Module, tmp_path: Path) -> None:
+    example = torch.randn(2, TOKENS, WIDTH, dtype=next(model.parameters()).dtype)
+    assert operators(model, example, tmp_path)["MultiHeadAttention"] == 0
+
+
+def test_files_with_branches_stay(tmp_path: Path) -> None:
+    found = operators(Branches(), torch.randn(2, TOKENS, WIDTH), tmp_path)
+    assert (found["If"], found["MultiHeadAttention"]) == (1, 0)
 
 
 def test_masks_stay(tmp_path: Path) -> None:
