@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,6 +66,7 @@ _SUFFIXES: dict[Form, str] = {"torch-static": ".pt2", "torch-dynamic": ".pt"}
 """Of files that are no ONNX."""
 _OF_LINEAR_LAYERS: tuple[Form, ...] = ("dynamic-onnxruntime", "torch-dynamic")
 
+_MOST_THREADS = 8
 _INT8 = 8
 _JUDGED = 2000
 """Samples of the validation part that a file is judged by."""
@@ -174,11 +176,16 @@ class Deployment:
         return path
 
 
+def _processors() -> int:
+    """How many judge a file together: nothing is measured meanwhile, and what it computes does not depend on them."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS) if hasattr(os, "sched_getaffinity") else 1
+
+
 def _runner(path: Path, runtime: str, threads: int, most: int) -> Callable[[Tensor], Tensor]:
     """What computes a file's first output, for batches of so many samples or fewer."""
     if runtime not in RUNTIMES:
         return torch_runner(path, runtime, threads, most)
-    run = runner(path, runtime, threads)
+    run = runner(path, runtime, _processors())
     return lambda batch: torch.from_numpy(run(np.ascontiguousarray(batch.numpy())))
 
 
